@@ -1,0 +1,1 @@
+"""Raw rows to blended, leak-free, tokenised sets; knows nothing of tasks or config."""

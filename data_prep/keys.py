@@ -1,0 +1,38 @@
+"""Hashes that stay the same on every machine and in every run: what rows are the same, what rows belong together."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from data_prep.conversation import Message
+
+_WORD = re.compile(r"\w+")
+
+
+def digest(*parts: str) -> bytes:
+    """16 bytes that name the parts; their borders count ("a", "bc" differs from "ab", "c")."""
+    return hashlib.blake2b(
+        json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=16
+    ).digest()
+
+
+def fraction(*parts: str) -> float:
+    """A number in [0, 1), evenly spread over different parts; the same parts give the same number for ever."""
+    return int.from_bytes(digest(*parts)[:6], "big") / 2**48
+
+
+def normalised(text: str) -> str:
+    """The words of a text, one space apart, without case, punctuation and Unicode's look-alikes."""
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def prompt_group(prompt: Sequence[Message]) -> str:
+    """The group of a prompt: the same for all prompts, of whatever source, that are equal after normalising."""
+    return "p-" + digest(*(part for turn in prompt for part in (turn["role"], normalised(turn["content"])))).hex()
+
+
+def messages_digest(*conversations: Sequence[Message]) -> bytes:
+    """16 bytes that name the exact messages of one or more conversations."""
+    return digest(*(json.dumps([[turn["role"], turn["content"]] for turn in turns]) for turns in conversations))

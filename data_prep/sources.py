@@ -1,0 +1,237 @@
+"""The preference sets that can be read: their true columns, splits and forms, and how a row becomes a raw pair.
+
+Six sets of the Hugging Face hub, and local files with the columns prompt, chosen and rejected.  What a row's text needs
+(parsing, repairs, checks) is `data_prep.clean`'s work; here is only what differs from set to set.
+"""
+
+import difflib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx
+import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from data_prep.local_files import check_cells, read_local
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """What the user says about one source.
+
+    name: a hub id of `SOURCES`, or any label for local files.  path: a local JSON, JSONL, CSV or Parquet file, or a
+    folder with train.* and perhaps test.*.  revision: of the hub's repository.  max_rows: most train rows kept, chosen
+    by hash.  min_score_ratio, max_pairs_per_post: SHP only.  ValueError for an unknown name or a value out of range.
+    """
+
+    name: str
+    path: str | None = None
+    revision: str | None = None
+    max_rows: int | None = None
+    min_score_ratio: float = 2.0
+    max_pairs_per_post: int = 5
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.name not in SOURCES:
+            near = difflib.get_close_matches(self.name, SOURCES, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SOURCES)}."
+            raise ValueError(f"Unknown source {self.name!r}: {hint} (For a local file, give its path.)")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows of {self.name} is {self.max_rows}; it has to be at least 1 (or left out).")
+        if self.max_pairs_per_post < 1:
+            raise ValueError(
+                f"max_pairs_per_post of {self.name} is {self.max_pairs_per_post}; it has to be at least 1."
+            )
+
+
+class RawPair(NamedTuple):
+    """A row as its set has it: texts, or message lists in local files; None where a cell is empty."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set: where its rows are and how they read.
+
+    columns: those read.  sides: our train and test -> the set's own splits.  form: "dialogue" prompts are
+    Human/Assistant text, "question" prompts are one user's message, "either" is told apart row by row.  read: row ->
+    raw pair, better answer first.  reject: row, spec -> why the row says nothing (a reason for the count), or None.
+    group: row -> what keeps rows together beside an equal prompt.  repairs: names of `data_prep.text.REPAIRS`.
+    revision: of the hub, where the rows are not on main.
+    """
+
+    columns: tuple[str, ...]
+    sides: Mapping[str, tuple[str, ...]]
+    form: Literal["dialogue", "question", "either"]
+    read: Callable[[Row], RawPair]
+    reject: Callable[[Row, SourceSpec], str | None] = lambda row, spec: None
+    group: Callable[[Row], str | None] = lambda row: None
+    repairs: tuple[str, ...] = ()
+    revision: str = "main"
+
+
+def _plain(row: Row) -> RawPair:
+    return RawPair(row["prompt"], row["chosen"], row["rejected"])
+
+
+def _without_name(answer: Any) -> Any:
+    return answer.removeprefix("Assistant:") if isinstance(answer, str) else answer
+
+
+def _named_answers(row: Row) -> RawPair:
+    """rlhf-reward-datasets: the prompt stops before "Assistant:", and each answer begins with it."""
+    return RawPair(row["prompt"], _without_name(row["chosen"]), _without_name(row["rejected"]))
+
+
+def _webgpt(row: Row) -> RawPair:
+    first, second = row["answer_0"], row["answer_1"]
+    better, worse = (first, second) if row["score_0"] > row["score_1"] else (second, first)
+    return RawPair((row["question"] or {}).get("full_text"), better, worse)
+
+
+def _webgpt_tie(row: Row, spec: SourceSpec) -> str | None:
+    return "tie" if row["score_0"] == row["score_1"] else None
+
+
+def _shp(row: Row) -> RawPair:
+    """`labels` 1 means that A is preferred."""
+    first, second = row["human_ref_A"], row["human_ref_B"]
+    better, worse = (first, second) if row["labels"] == 1 else (second, first)
+    return RawPair(row["history"], better, worse)
+
+
+def _shp_unclear(row: Row, spec: SourceSpec) -> str | None:
+    return "low_score_ratio" if row["score_ratio"] < spec.min_score_ratio else None
+
+
+_PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+_TRAIN_AND_TEST = {"train": ("train",), "test": ("test",)}
+_TRAIN_ONLY: dict[str, tuple[str, ...]] = {"train": ("train",), "test": ()}
+
+SOURCES: dict[str, Source] = {
+    "Dahoas/rm-static": Source(_PAIR_COLUMNS, _TRAIN_AND_TEST, "dialogue", _plain),
+    "Dahoas/full-hh-rlhf": Source(_PAIR_COLUMNS, _TRAIN_AND_TEST, "dialogue", _plain),
+    "Dahoas/synthetic-instruct-gptj-pairwise": Source(_PAIR_COLUMNS, _TRAIN_ONLY, "question", _plain),
+    "yitingxie/rlhf-reward-datasets": Source(_PAIR_COLUMNS, _TRAIN_AND_TEST, "dialogue", _named_answers),
+    # A loading script on main, which datasets >= 4 refuses; the hub's own conversion holds the same rows.
+    "openai/webgpt_comparisons": Source(
+        ("question", "answer_0", "answer_1", "score_0", "score_1"),
+        _TRAIN_ONLY,
+        "question",
+        _webgpt,
+        reject=_webgpt_tie,
+        repairs=("html_entities", "citations"),
+        revision="refs/convert/parquet",
+    ),
+    # JSON files by domain on main; the conversion has them as one table a split.
+    "stanfordnlp/SHP": Source(
+        ("post_id", "history", "human_ref_A", "human_ref_B", "labels", "score_ratio"),
+        {"train": ("train", "validation"), "test": ("test",)},
+        "question",
+        _shp,
+        reject=_shp_unclear,
+        group=lambda row: row["post_id"],
+        repairs=("html_entities",),
+        revision="refs/convert/parquet",
+    ),
+}
+
+LOCAL = Source(_PAIR_COLUMNS, _TRAIN_AND_TEST, "either", _plain)
+
+
+def source_of(spec: SourceSpec) -> Source:
+    """The source that a spec speaks of."""
+    return SOURCES[spec.name] if spec.path is None else LOCAL
+
+
+def check_columns(name: str, found: Iterable[str], needed: Iterable[str]) -> None:
+    """ValueError that says which of the needed columns are missing and which were found."""
+    found = list(found)
+    missing = [column for column in needed if column not in found]
+    if missing:
+        raise ValueError(
+            f"The set {name} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            f"found were {', '.join(found) or 'none'}. Rename its columns, or name another set."
+        )
+
+
+def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
+    """Bring a source's rows into `out` as {split}/NNNN.parquet.
+
+    hub: a mirror folder in the hub's layout (`<hub>/<name>/...`), or None for the hub itself (`HF_ENDPOINT`, `HF_TOKEN`
+    and `HF_HUB_OFFLINE` count there).  Returns rows by split, bytes, and the revision: the resolved commit, or "local".
+    ValueError for what the user can mend, ConnectionError where the hub does not answer (worth another try).
+    """
+    if spec.path is not None:
+        rows = _write_local(spec, Path(spec.path), out)
+        revision = "local"
+    else:
+        root, revision = _mirror(spec, Path(hub)) if hub is not None else _snapshot(spec)
+        rows = _copy_parquet(spec, root, out)
+    size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
+    return {"rows": rows, "bytes": size, "revision": revision}
+
+
+def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
+    rows = {}
+    for split, table in read_local(path).items():
+        check_columns(spec.name, table.column_names, LOCAL.columns)
+        check_cells(str(path), table, LOCAL.columns)
+        (out / split).mkdir()
+        pq.write_table(table.select(LOCAL.columns), out / split / "0000.parquet")
+        rows[split] = table.num_rows
+    return rows
+
+
+def _mirror(spec: SourceSpec, hub: Path) -> tuple[Path, str]:
+    if not (hub / spec.name).is_dir():
+        raise ValueError(f"The mirror {hub} has no folder {spec.name}: correct data.hub, or leave this source out.")
+    return hub / spec.name, "local"
+
+
+def _snapshot(spec: SourceSpec) -> tuple[Path, str]:
+    revision = spec.revision or source_of(spec).revision
+    where = f"{spec.name} (revision {revision})"
+    try:
+        folder = snapshot_download(
+            spec.name, repo_type="dataset", revision=revision, allow_patterns=["data/*.parquet", "*/*/*.parquet"]
+        )
+    except GatedRepoError as error:
+        raise ValueError(f"{where} is gated: accept its terms on the hub and set HF_TOKEN.") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(f"The hub has no {where}: correct the source's revision, or set HF_TOKEN.") from error
+    except (OSError, httpx.HTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConnectionError(
+            f"The hub gave no answer for {where}: go online, or name a mirror folder with data.hub. ({reason})"
+        ) from error
+    return Path(folder), Path(folder).name  # the hub client names a snapshot's folder by its commit
+
+
+def _split_files(root: Path, split: str) -> list[Path]:
+    """The split's files, in the layout of main (data/train-00000-of-00001.parquet) or of the hub's conversion."""
+    return sorted(root.glob(f"data/{split}-*.parquet")) or sorted(root.glob(f"*/{split}/*.parquet"))
+
+
+def _copy_parquet(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
+    source = source_of(spec)
+    rows = {}
+    for split in (split for splits in source.sides.values() for split in splits):
+        files = _split_files(root, split)
+        if not files:
+            raise ValueError(f"{spec.name} in {root} has no Parquet files of the split {split}: complete the mirror.")
+        (out / split).mkdir()
+        for number, file in enumerate(files):
+            check_columns(spec.name, pq.read_schema(file).names, source.columns)
+            shutil.copyfile(file, out / split / f"{number:04d}.parquet")
+        rows[split] = sum(pq.read_metadata(file).num_rows for file in files)
+    return rows

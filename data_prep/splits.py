@@ -1,0 +1,82 @@
+"""The blended set to phases (SFT, reward, PPO and perhaps the judge) and sides (train, eval), without a leak.
+
+A group goes to one phase and one side as a whole, by a hash of its name: the answer does not depend on what else is in
+the set.  The written files are read again at the end, and a group on two sides fails the step.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import accumulate
+from pathlib import Path
+
+from data_prep.keys import fraction
+from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
+
+PHASES = ("sft", "reward", "ppo", "judge")
+SIDES = ("train", "eval")
+DEFAULT_RATIO = (2.0, 4.0, 4.0)
+
+
+def phase_of(group: str, ratio: Sequence[float], seed: int) -> str:
+    """The phase of a group: each gets its share of the ratio (SFT, reward, PPO and perhaps judge)."""
+    at = fraction("phase", str(seed), group) * sum(ratio)
+    borders = list(accumulate(ratio))
+    return next((PHASES[i] for i, border in enumerate(borders) if at < border), PHASES[len(ratio) - 1])
+
+
+def is_held_out(group: str, eval_fraction: float, seed: int) -> bool:
+    """Whether a group of train rows goes to the eval side."""
+    return fraction("side", str(seed), group) < eval_fraction
+
+
+def split(
+    blended: Path, phases: Sequence[float], eval_fraction: float, seed: int, out: Path
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Write {phase}-{side}.arrow (`tables.PAIR_SCHEMA`) from train.arrow and test.arrow of `blended`.
+
+    phases: the ratio SFT : reward : PPO, with a fourth number for the judge.  eval_fraction: share of the train groups
+    held out in every phase; the sources' own test rows are all on the eval side, each in the phase of its group.
+    Returns {phase: {side: {"rows", "groups"}}}.  ValueError for a bad ratio or a file left empty, RuntimeError for a
+    leak.
+    """
+    _check_ratio(phases, eval_fraction)
+    names = PHASES[: len(phases)]
+    paths = {(phase, side): out / f"{phase}-{side}.arrow" for phase in names for side in SIDES}
+    with ExitStack() as stack:
+        writers = {key: stack.enter_context(table_writer(path, PAIR_SCHEMA)) for key, path in paths.items()}
+        for part in ("train", "test"):
+            for row in iter_rows(blended / f"{part}.arrow"):
+                held_out = part == "test" or is_held_out(row["group"], eval_fraction, seed)
+                writers[phase_of(row["group"], phases, seed), "eval" if held_out else "train"].append(row)
+    for (phase, side), writer in writers.items():
+        if not writer.rows:
+            raise ValueError(
+                f"The {side} rows of {phase} came out empty: add rows, or raise "
+                + ("data.eval_fraction." if side == "eval" else f"the share of {phase} in data.phases.")
+            )
+    groups = {key: [row["group"] for row in iter_rows(path, ["group"])] for key, path in paths.items()}
+    check_no_leak(groups)
+    return {
+        phase: {side: {"rows": len(groups[phase, side]), "groups": len(set(groups[phase, side]))} for side in SIDES}
+        for phase in names
+    }
+
+
+def _check_ratio(phases: Sequence[float], eval_fraction: float) -> None:
+    if len(phases) not in (3, 4) or not all(0 < share < math.inf for share in phases):
+        raise ValueError(
+            f"data.phases is {list(phases)}; it has to be three or four numbers above 0 (SFT, reward, PPO, judge)."
+        )
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"data.eval_fraction is {eval_fraction}; it has to be at least 0 and below 1.")
+
+
+def check_no_leak(groups: Mapping[tuple[str, str], Iterable[str]]) -> None:
+    """RuntimeError that names a group which stands in more than one of the files {(phase, side): its groups}."""
+    home: dict[str, tuple[str, str]] = {}
+    for key, names in groups.items():
+        for name in names:
+            other = home.setdefault(name, key)
+            if other != key:
+                raise RuntimeError(f"The group {name} leaks: it is in {'-'.join(other)} and in {'-'.join(key)}.")

@@ -1,0 +1,185 @@
+"""Split pairs to ragged tables of token ids, unpadded, as the training loops read them.
+
+sft-{side}: prompt, answer.  reward-{side} and judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt
+once.  Every answer ends in EOS.  Nothing is cut: what is too long is dropped and counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.keys import messages_digest
+from data_prep.splits import PHASES, SIDES
+from data_prep.tables import iter_rows, table_writer
+from data_prep.tokenizer import (
+    answer_ids,
+    answer_text,
+    check_eos,
+    encode,
+    holds_special,
+    load_tokenizer,
+    prompt_ids,
+    prompt_text,
+)
+
+__all__ = ["answer_ids", "check_eos", "load_tokenizer", "prompt_ids", "tokenise"]
+
+BATCH = 1024
+
+_IDS = pa.list_(pa.int32())
+_PAIR_IDS = pa.schema(
+    [("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS), ("weight", pa.float32()), ("source", pa.string())]
+)
+SCHEMAS = {
+    "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("source", pa.string())]),
+    "reward": _PAIR_IDS,
+    "judge": _PAIR_IDS,
+    "ppo": pa.schema([("prompt", _IDS), ("source", pa.string())]),
+}
+# Which answers of a pair each phase reads, and what the column is called there.
+ANSWERS: dict[str, dict[str, str]] = {
+    "sft": {"answer": "chosen"},
+    "reward": {"chosen": "chosen", "rejected": "rejected"},
+    "judge": {"chosen": "chosen", "rejected": "rejected"},
+    "ppo": {},
+}
+
+
+class Limits(NamedTuple):
+    prompt: int
+    answer: int
+
+
+def tokenise(
+    split_dir: Path, tokenizer_dir: str | Path, max_prompt_tokens: int, max_answer_tokens: int, out: Path
+) -> dict[str, dict[str, Any]]:
+    """Write {phase}-{side}.arrow (`SCHEMAS`) for every {phase}-{side}.arrow of `split_dir`.
+
+    max_answer_tokens counts the EOS.  Drops: prompt_too_long, answer_too_long, special_token (a text spells one out),
+    identical (two answers with the same ids), duplicate (PPO's prompts and SFT's answers come once).  Returns {phase:
+    {side: {"rows_in", "kept", "drops", "tokens": {column: {"mean", "p50", "p90", "p99", "max", "sum"}}}}}.
+    ValueError where nothing of a file is left.
+    """
+    tokenizer = load_tokenizer(tokenizer_dir)
+    limits = Limits(max_prompt_tokens, max_answer_tokens)
+    metrics: dict[str, dict[str, Any]] = {}
+    for phase in PHASES:
+        for side in SIDES:
+            name = f"{phase}-{side}.arrow"
+            if (split_dir / name).is_file():
+                counts = _tokenise_file(split_dir / name, phase, tokenizer, limits, out / name)
+                metrics.setdefault(phase, {})[side] = counts
+                _check_left(phase, side, counts, limits)
+    if not metrics:
+        raise ValueError(f"The folder {split_dir} holds no split tables: run the split step first.")
+    return metrics
+
+
+def _check_left(phase: str, side: str, counts: dict[str, Any], limits: Limits) -> None:
+    if not counts["kept"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["drops"].items()) or "it had no rows"
+        raise ValueError(
+            f"No {side} row of {phase} is left after tokenising ({reasons}): raise data.max_prompt_tokens "
+            f"(now {limits.prompt}) or data.max_answer_tokens (now {limits.answer})."
+        )
+
+
+def _tokenise_file(
+    path: Path, phase: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, out: Path
+) -> dict[str, Any]:
+    drops: Counter[str] = Counter()
+    lengths: dict[str, list[int]] = {column: [] for column in ("prompt", *ANSWERS[phase])}
+    seen: set[bytes] = set()
+    rows_in = 0
+    with table_writer(out, SCHEMAS[phase]) as writer:
+        for batch in _batches(path):
+            rows_in += len(batch)
+            fresh = [row for row in batch if not _is_repeated(phase, row, seen)]
+            drops["duplicate"] += len(batch) - len(fresh)
+            for row, ids in zip(fresh, _encode_batch(fresh, phase, tokenizer), strict=True):
+                reason = _reason(ids, limits)
+                if reason:
+                    drops[reason] += 1
+                    continue
+                assert ids is not None, "a row without ids has a reason"
+                for column, tokens in ids.items():
+                    lengths[column].append(len(tokens))
+                writer.append({**ids, "weight": row["weight"], "source": row["source"]})
+    return {
+        "rows_in": rows_in,
+        "kept": writer.rows,
+        "drops": {reason: count for reason, count in sorted(drops.items()) if count},
+        "tokens": {column: _summary(values) for column, values in lengths.items() if values},
+    }
+
+
+def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for row in iter_rows(path):
+        batch.append(row)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _is_repeated(phase: str, row: dict[str, Any], seen: set[bytes]) -> bool:
+    """Whether the phase has met all that it reads of this row: one good answer stands in several pairs."""
+    if phase not in ("sft", "ppo"):
+        return False
+    key = messages_digest(row["prompt"], *(row[answer] for answer in ANSWERS[phase].values()))
+    if key in seen:
+        return True
+    seen.add(key)
+    return False
+
+
+def _encode_batch(
+    rows: list[dict[str, Any]], phase: str, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, list[int]] | None]:
+    """Token ids by column for each row, None where a text holds a special token; equal texts are tokenised once."""
+    texts: list[dict[str, str] | None] = [_texts(row, phase, tokenizer) for row in rows]
+    unique = list(dict.fromkeys(text for row in texts if row for text in row.values()))
+    ids = dict(zip(unique, encode(tokenizer, unique), strict=True))
+    return [{column: ids[text] for column, text in row.items()} if row else None for row in texts]
+
+
+def _texts(row: dict[str, Any], phase: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
+    answers = {column: row[name][0] for column, name in ANSWERS[phase].items()}
+    if holds_special(tokenizer, (turn["content"] for turn in (*row["prompt"], *answers.values()))):
+        return None
+    prompt = prompt_text(tokenizer, row["prompt"])
+    return {"prompt": prompt} | {
+        column: answer_text(tokenizer, prompt, row["prompt"], answer) for column, answer in answers.items()
+    }
+
+
+def _reason(ids: dict[str, list[int]] | None, limits: Limits) -> str | None:
+    if ids is None:
+        return "special_token"
+    if len(ids["prompt"]) > limits.prompt:
+        return "prompt_too_long"
+    answers = [tokens for column, tokens in ids.items() if column != "prompt"]
+    if any(len(tokens) > limits.answer for tokens in answers):
+        return "answer_too_long"
+    if len(answers) == 2 and answers[0] == answers[1]:
+        return "identical"
+    return None
+
+
+def _summary(values: list[int]) -> dict[str, float]:
+    median, high, highest = (float(value) for value in np.percentile(values, [50, 90, 99]))
+    return {
+        "mean": float(np.mean(values)),
+        "p50": median,
+        "p90": high,
+        "p99": highest,
+        "max": max(values),
+        "sum": sum(values),
+    }

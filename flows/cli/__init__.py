@@ -1,0 +1,1 @@
+"""The `rlhf` command, a file per group of commands."""

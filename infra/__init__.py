@@ -1,0 +1,1 @@
+"""Where it runs: launchers, supervision, GPU blocks, servers."""

@@ -1,0 +1,253 @@
+"""Starts the processes of a training step and leaves none behind, whatever ends the flow.
+
+    flow process (run) -> supervisor -> python -m infra.rank MODULE ...                       one process
+                                     -> torchrun -> python -m infra.rank MODULE ...  x N      several
+
+What a step prints goes to a log file and, line by line, to a callback. Two kinds of line are messages to the flow and
+are not logged: `@progress {json}`, and `@exit {json}`, with which each rank tells its exit code (torchrun's own code is
+1 whatever its ranks returned, and the flow has to tell 75, stopped after a checkpoint, from a failure).
+"""
+
+import json
+import math
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from infra.machine import free_port
+from infra.owned import OwnedProcess
+from infra.supervisor import PR_SET_PDEATHSIG, prctl
+
+STOPPED = 75  # exit code of a rank that was asked to stop and has written a checkpoint: a retry resumes
+TAIL_LINES = 40
+PROGRESS = "@progress "
+EXIT = "@exit "
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this machine starts a step; `GpuInfrastructure.launch()` makes one from a block."""
+
+    processes: int = 1
+    env: Mapping[str, str] = field(default_factory=dict)
+    grace_seconds: float = 20.0  # Prefect's worker kills the flow 30 s after it asked it to end
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: 0 done, 75 stopped after a checkpoint, 128 + signal killed, anything else failed."""
+
+    exit_code: int
+    tail: tuple[str, ...]  # the last lines of the log, up to the first rank's failure
+    seconds: float
+
+
+def command(launch: Launch, module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line that starts `python -m MODULE ARGUMENTS` once per process."""
+    rank = ["-m", "infra.rank", module, *arguments]
+    if launch.processes == 1:
+        return [sys.executable, *rank]  # torchrun would only add the seconds that importing torch takes
+    return [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={launch.processes}"],
+        "--local_addr=127.0.0.1",  # or the ranks look for this host's name, which a container may not resolve
+        *rank,
+    ]
+
+
+def environment(launch: Launch) -> dict[str, str]:
+    """The variables that the processes of a step need on top of the flow's own environment."""
+    shared = {"RLHF_GRACE_SECONDS": str(launch.grace_seconds), **launch.env}
+    if launch.processes > 1:
+        # torchrun kills its ranks this long after SIGTERM: the supervisor shall be the one that decides.
+        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(launch.grace_seconds) + 5), **shared}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **shared}
+
+
+def run(
+    module: str,
+    arguments: Sequence[str] = (),
+    *,
+    log: Path,
+    launch: Launch | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """Runs `python -m MODULE ARGUMENTS` in `launch.processes` processes and waits for the end.
+
+    Call it in the main thread, where KeyboardInterrupt and Prefect's TerminationSignal are raised: whatever is raised
+    here or in a callback, the processes get SIGTERM and `grace_seconds` for a checkpoint, and all are gone when `run`
+    returns or raises. A second Ctrl-C ends the grace. The callbacks run in the calling thread; while the processes
+    are being stopped only the log is written. The log is appended to, so an earlier attempt's stays.
+    """
+    launch = launch or Launch()
+    started = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as log_file:
+        process = OwnedProcess(
+            command(launch, module, arguments),
+            env={**environment(launch), **(env or {})},
+            cwd=cwd,
+            grace_seconds=launch.grace_seconds,
+        )
+        output = _Output(process.stdout, log_file, on_line, on_progress)
+        try:  # an interrupt before this line loses `process`, whose pipe then closes, which stops the command too
+            while process.exit_code is None:
+                output.read(0.2)
+            while output.read(0):
+                pass
+        finally:
+            output.mute()
+            code = process.stop(output.read)
+            while output.read(0):
+                pass
+            output.close()
+    return Outcome(
+        exit_code=overall_exit_code(code, output.rank_codes, launch.processes),
+        tail=tuple(output.tail),
+        seconds=time.monotonic() - started,
+    )
+
+
+def overall_exit_code(launcher: int, ranks: Mapping[int, int], processes: int) -> int:
+    """One exit code out of the launcher's and those that the ranks told (rank -> code).
+
+    A failure tells more than the launcher's 1; "stopped after a checkpoint" counts only if every rank says so or was
+    done, because a rank that says nothing was killed.
+    """
+    if launcher == 0:
+        return 0
+    failures = [code for code in ranks.values() if code not in (0, STOPPED)]
+    if failures:
+        return failures[0]
+    if STOPPED in ranks.values() and len(ranks) == processes:
+        return STOPPED
+    return launcher
+
+
+class _Output:
+    """The merged output of a step, cut into lines: to the log, the tail and the callbacks."""
+
+    def __init__(
+        self,
+        pipe: IO[bytes],
+        log: IO[bytes],
+        on_line: Callable[[str], None] | None,
+        on_progress: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.rank_codes: dict[int, int] = {}
+        self._pipe, self._log = pipe, log
+        self._on_line, self._on_progress = on_line, on_progress
+        self._partial = b""
+        self._ended = False
+        self._tail_is_done = False
+        os.set_blocking(pipe.fileno(), False)
+
+    def mute(self) -> None:
+        """From here on only the log is written."""
+        self._on_line = self._on_progress = None
+
+    def read(self, seconds: float) -> bool:
+        """Takes what there is, waiting up to that time for it; False if there was nothing."""
+        if self._ended:
+            time.sleep(seconds)
+            return False
+        if not select.select([self._pipe], [], [], seconds)[0]:
+            return False
+        data = os.read(self._pipe.fileno(), 1 << 16)
+        if not data:
+            self._ended = True
+            return False
+        # What is not handed on yet stays in _partial: a callback may raise in the middle, and the rest is still logged.
+        self._partial += data
+        while b"\n" in self._partial:
+            line, _, self._partial = self._partial.partition(b"\n")
+            self._take(line)
+        self._log.flush()
+        return True
+
+    def close(self) -> None:
+        """Logs the unfinished last line of a process that was killed."""
+        if self._partial:
+            self._take(self._partial)
+        self._pipe.close()
+
+    def _take(self, raw: bytes) -> None:
+        # As on a terminal, a carriage return writes the line anew: of a progress bar's states the last one stays.
+        *rewritten, text = raw.decode(errors="replace").rstrip("\r").split("\r")
+        message = _message(text)
+        if message is None:
+            self._log_line(text)
+            return
+        if rewritten and rewritten[-1]:
+            self._log_line(rewritten[-1])  # what another rank had printed without a newline when the message came
+        kind, fields = message
+        if kind == EXIT:
+            self.rank_codes[fields["rank"]] = fields["code"]
+            # The reason stands above this line; torchrun's own forty lines about it would push it out of the tail.
+            self._tail_is_done |= fields["code"] not in (0, STOPPED)
+        elif self._on_progress is not None:
+            self._on_progress(fields)
+
+    def _log_line(self, text: str) -> None:
+        if not self._tail_is_done:
+            self.tail.append(text)
+        self._log.write(text.encode() + b"\n")
+        if self._on_line is not None:
+            self._on_line(text)
+
+
+def _message(text: str) -> tuple[str, dict[str, Any]] | None:
+    for kind in (PROGRESS, EXIT):
+        if text.startswith(kind):
+            try:
+                fields = json.loads(text[len(kind) :])
+            except json.JSONDecodeError:
+                return None  # two ranks wrote into each other: an ordinary line of the log
+            return (kind, fields) if isinstance(fields, dict) else None
+    return None
+
+
+def report_progress(fields: Mapping[str, Any]) -> None:
+    """Called in a rank: hands `fields` to the `on_progress` of the flow."""
+    _tell(PROGRESS, fields)
+
+
+def report_exit(code: int) -> None:
+    """Called in a rank as the last thing: tells the flow the exit code that torchrun would hide."""
+    _tell(EXIT, {"rank": int(os.environ.get("RANK", "0")), "code": code})
+
+
+def _tell(kind: str, fields: Mapping[str, Any]) -> None:
+    # One write, so that two ranks do not mix; the carriage return cuts off a progress bar that stands in this line.
+    sys.stdout.flush()
+    sys.stdout.write(f"\r{kind}{json.dumps(fields)}\n")
+    sys.stdout.flush()
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Called in a rank: has the kernel send this signal to it when its parent (the launcher) dies.
+
+    If the parent died before this call, the signal comes at once.
+    """
+    parent = os.getppid()
+    prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent or _adopted(parent):
+        os.kill(os.getpid(), number)
+
+
+def _adopted(parent: int) -> bool:
+    supervisor = int(os.environ.get("RLHF_SUPERVISOR", "0"))
+    if not supervisor or os.environ["RLHF_LAUNCHER"] == str(os.getpid()):
+        return False  # started by hand, or by the supervisor itself
+    return parent in (1, supervisor)  # the two that take in the children of a dead launcher

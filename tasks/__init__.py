@@ -1,0 +1,1 @@
+"""One Prefect task per step, and the plain functions inside."""

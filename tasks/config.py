@@ -1,0 +1,390 @@
+"""RunConfig: everything that a run can be told, typed, frozen, with every default in one place.
+
+`load` reads a YAML file, applies `path=value` overrides and returns a validated RunConfig. A mistake is a
+ConfigError with one line per fault: where, what was given, what would be right. This module imports neither torch
+nor Prefect, so that `rlhf --help`, the forms of a deployment and the tests of a config stay fast.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+SIX_SETS = (
+    "Dahoas/rm-static",
+    "Dahoas/full-hh-rlhf",
+    "Dahoas/synthetic-instruct-gptj-pairwise",
+    "yitingxie/rlhf-reward-datasets",
+    "openai/webgpt_comparisons",
+    "stanfordnlp/SHP",
+)
+
+
+class ConfigError(ValueError):
+    """A config that a user can mend; the message says how."""
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    """One preference set."""
+
+    path: str | None = None
+    """A local JSON, JSONL, CSV or Parquet file (or a folder with train.* and test.*); None: a set of the hub."""
+    revision: str | None = None
+    """Commit or branch on the hub; None: the newest."""
+    weight: PositiveFloat = 1.0
+    """Share of the set's groups that is used (up to 1), or the weight of its rows in the loss (above 1)."""
+    max_rows: Positive | None = None
+    """Cap on the train rows that are read."""
+    min_score_ratio: float = Field(2.0, ge=1)
+    """SHP only: pairs whose scores are closer than this are dropped, as its authors advise."""
+    max_pairs_per_post: Positive = 5
+    """SHP only: at most so many pairs of one post."""
+
+
+class DemoData(Section):
+    """Preference data that the project generates: six sets in their native columns, with a known true score."""
+
+    pairs: int = Field(9000, ge=200)
+    seed: int = 0
+
+
+class DataConfig(Section):
+    hub: str | None = None
+    """Folder in hub layout that is read instead of the Hugging Face hub."""
+    demo: DemoData | None = None
+    """Generate the six sets instead of reading them."""
+    sources: dict[str, SourceConfig] = Field(default_factory=lambda: {name: SourceConfig() for name in SIX_SETS})
+    """Hub name of a set (or any label, with `path`) -> how it is read."""
+    phases: tuple[PositiveFloat, ...] = (2, 4, 4)
+    """Shares of SFT : reward model : PPO."""
+    eval_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the groups that is held out, where a set has no test split of its own."""
+    max_prompt_tokens: Positive = 256
+    max_answer_tokens: Positive = 256
+    max_chars: Positive = 20_000
+    """Rows with more characters are dropped before they are tokenised."""
+
+    @field_validator("phases")
+    @classmethod
+    def _three_phases(cls, phases: tuple[float, ...]) -> tuple[float, ...]:
+        if len(phases) != 3:
+            raise ValueError(f"needs three shares, SFT : reward model : PPO, for example [2, 4, 4]; got {len(phases)}")
+        return phases
+
+    @field_validator("sources")
+    @classmethod
+    def _some_source(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        if not sources:
+            raise ValueError("names no source; leave it out for the six sets")
+        return sources
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DataConfig":
+        if self.hub is not None and self.demo is not None:
+            raise ValueError("hub and demo are both set; remove one of them")
+        return self
+
+
+class TinyModel(Section):
+    """A small Llama-shaped model with random weights and a tokenizer trained on the run's own text."""
+
+    hidden_size: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    vocab_size: int = Field(512, ge=300)
+    positions: Positive = 1024
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TinyModel":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 2 x heads ({2 * self.heads})")
+        return self
+
+
+class ModelsConfig(Section):
+    policy: str | TinyModel = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """The base of the policy: a Hugging Face folder, a hub name, or the shape of a tiny model to start from scratch."""
+    policy_revision: str | None = None
+    reward: str | None = None
+    """The base of reward model and critic; None: the SFT model. Its tokenizer must be the policy's."""
+    reward_revision: str | None = None
+
+
+class EngineConfig(Section):
+    """How DeepSpeed holds one model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False
+    """Keep the optimizer's state and step in CPU memory (ZeRO 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep the parameters in CPU memory (ZeRO 3)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "EngineConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; set it, or remove offload_optimizer")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, not {self.zero_stage}")
+        if self.offload_parameters and not self.offload_optimizer:
+            raise ValueError("offload_parameters needs offload_optimizer as well: ZeRO-3 steps where the optimizer is")
+        return self
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: Ratio = 0.03
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0: never."""
+
+
+class TrainConfig(Section):
+    """What SFT and the reward model have in common."""
+
+    epochs: Positive = 1
+    max_steps: Positive | None = None
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    batch_size: Positive = 64
+    """Samples (or pairs) in one optimizer step, over all processes."""
+    micro_batch_size: Positive = 8
+    """Samples (or pairs) in one forward pass of one process."""
+    checkpoint_every: Positive = 100
+    """Optimizer steps between checkpoints."""
+    eval_rows: Positive = 512
+    """At most so many held-out samples are evaluated."""
+    engine: EngineConfig = EngineConfig()
+
+
+class SFTConfig(TrainConfig):
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
+
+
+class RewardConfig(TrainConfig):
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+
+
+class SamplingConfig(Section):
+    temperature: PositiveFloat = 1.0
+    """Divides the logits when sampling and in every log-probability of PPO."""
+
+
+class PPOConfig(Section):
+    steps: Positive = 200
+    """Rollouts; each is followed by `epochs` passes over its samples."""
+    rollout_batch_size: Positive = 64
+    """Prompts in one rollout, over all processes."""
+    batch_size: Positive = 64
+    """Samples in one optimizer step, over all processes; divides rollout_batch_size."""
+    micro_batch_size: Positive = 8
+    """Samples in one forward pass of one process."""
+    epochs: Positive = 1
+    """Passes over each rollout."""
+    sampling: SamplingConfig = SamplingConfig()
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the per-token KL penalty in the reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    gamma: Ratio = 1.0
+    gae_lambda: Ratio = 0.95
+    clip_range: PositiveFloat = 0.2
+    value_clip_range: PositiveFloat = 0.2
+    reward_clip: PositiveFloat | None = None
+    """Scores of the reward model are clipped to plus or minus this."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Taken off the score of an answer that reached its limit without EOS."""
+    whiten_advantages: bool = True
+    checkpoint_every: Positive = 20
+    """Rollouts between checkpoints."""
+    policy_engine: EngineConfig = EngineConfig()
+    critic_engine: EngineConfig = EngineConfig()
+    reference_engine: EngineConfig = EngineConfig()
+    reward_engine: EngineConfig = EngineConfig()
+    # PPO implementation detail 35: Adam's eps is 1e-5 for both networks.
+    policy_optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-6, eps=1e-5, schedule="linear", warmup_ratio=0.0
+    )
+    critic_optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=5e-6, eps=1e-5, schedule="linear", warmup_ratio=0.0
+    )
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "PPOConfig":
+        if self.rollout_batch_size % self.batch_size:
+            raise ValueError(f"batch_size {self.batch_size} does not divide rollout_batch_size {self.rollout_batch_size}")
+        return self
+
+
+class EvaluateConfig(Section):
+    prompts: Positive = 200
+    """Held-out prompts that SFT and PPO answer."""
+    batch_size: Positive = 32
+    sampling: SamplingConfig = SamplingConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    samples: Positive = 8
+    """Answers shown side by side in the report."""
+
+
+class PromoteConfig(Section):
+    min_win_rate: float = Field(0.5, ge=0, lt=1)
+    """The candidate becomes champion when it wins more than this share of the held-out prompts."""
+
+
+class RunConfig(Section):
+    """One run: data in, a registered model out."""
+
+    name: str = "chat"
+    """Models are registered as NAME-policy and NAME-reward."""
+    workspace: str = "workspace"
+    """Folder of the stage directories and of the default MLflow store."""
+    seed: int = Field(0, ge=0)
+    infrastructure: str = "local-cpu"
+    """GpuInfrastructure block that training and evaluation run on."""
+    data: DataConfig = DataConfig()
+    models: ModelsConfig = ModelsConfig()
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
+            raise ValueError("use lower case letters, digits, - and _ (at most 63, no leading - or _)")
+        return name
+
+    @model_validator(mode="after")
+    def _positions_hold_the_text(self) -> "RunConfig":
+        longest = self.data.max_prompt_tokens + self.data.max_answer_tokens
+        if isinstance(self.models.policy, TinyModel) and self.models.policy.positions < longest:
+            raise ValueError(
+                f"models.policy.positions is {self.models.policy.positions}, but data.max_prompt_tokens + "
+                f"data.max_answer_tokens is {longest}; raise the one or lower the others"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The RunConfig of a YAML file, with `path=value` overrides (values are YAML) laid over it.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"no config file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, not keys and values")
+    for override in overrides:
+        _set(tree, override)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig of a plain tree of values. Raises ConfigError with one line per fault."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(error))) from None
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: write it as path=value, for example ppo.kl_coef=0.1")
+    *parents, leaf = path.split(".")
+    for key in parents:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {key} holds a value, not keys")
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        tree[leaf] = value
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    seen = set()
+    for fault in error.errors(include_url=False):
+        # Members of a union appear as extra steps in the location: no key of the user's.
+        location = [str(step) for step in fault["loc"] if step != "str" and "TinyModel" not in str(step)]
+        where = ".".join(location) or "config"
+        if fault["type"] == "string_type" and "str" in fault["loc"]:
+            continue  # the other member of the union says what is wrong
+        if fault["type"] == "extra_forbidden":
+            known = _keys(RunConfig, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(known)}"
+            line = f"{where}: unknown key; {hint}"
+        elif fault["type"] == "value_error":
+            line = f"{where}: {fault['ctx']['error']}"
+        else:
+            given = fault["input"]
+            shown = f" (got {given!r})" if not isinstance(given, dict) and not _long(given) else ""
+            line = f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{shown}"
+        if line not in seen:
+            seen.add(line)
+            yield line
+
+
+def _long(value: Any) -> bool:
+    return len(repr(value)) > 80 or (isinstance(value, float) and math.isnan(value))
+
+
+def _keys(section: Any, location: tuple[str | int, ...]) -> dict[str, str]:
+    """Key -> dotted path of the keys known at a location of the tree, those of its sections after its own."""
+    for step in location:
+        if _is_section(section) and step in section.model_fields:
+            section = _section_of(section.model_fields[str(step)].annotation)
+    if not _is_section(section):
+        return {}
+    own = {key: key for key in section.model_fields}
+    nested = {
+        inner: f"{key}.{inner}"
+        for key, field in section.model_fields.items()
+        if _is_section(child := _section_of(field.annotation))
+        for inner in child.model_fields
+    }
+    return {**nested, **own}
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside an annotation such as `Section | None` or `dict[str, Section]`."""
+    if _is_section(annotation):
+        return annotation
+    return next((part for part in map(_section_of, get_args(annotation)) if _is_section(part)), None)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -1,0 +1,264 @@
+"""The graph of a run: every stage, what it reads, and which config and code decide its result.
+
+The flow, its tasks and `rlhf plan` share this one table, so that what the plan promises is what the flow does. Nothing
+here imports Prefect, torch or the code of a stage: building the graph takes milliseconds, and touches no more than the
+names, sizes and times of local input files.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.config import SIX_SETS, ConfigError, RunConfig, SourceConfig, TinyModel
+from tasks.stages import Stage, StageRef
+
+STAGES = ("demo", "download", "clean", "blend", "split", "base", "tokenise", "sft", "reward", "ppo", "evaluate")
+"""The stages that leave a directory; `--force` takes one of them."""
+STEPS = (*STAGES, "register", "promote")
+"""What a run does, by the names that `--from` and `--until` take."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a run, before its inputs are known."""
+
+    key: str
+    """Names it in this run: the stage's name, or `stage:source` where there is one per source."""
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    """Role -> key of the node that is read."""
+    roots: tuple[str, ...]
+    """Modules whose code, with all that it imports of ours, decides the result."""
+    launched: bool = False
+    """Made by `tasks.worker` in processes of its own, not in this one."""
+    resumable: bool = False
+
+    @property
+    def source(self) -> str | None:
+        """The preference set that this node is about, None where it is about all."""
+        return self.key.partition(":")[2] or None
+
+
+Graph = Mapping[str, Node]
+"""Key -> node, every node after its inputs."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user wants of a run beyond its config."""
+
+    from_step: str | None = None
+    """Everything before it has to be finished; it and all after it are made anew."""
+    until: str | None = None
+    """The last step."""
+    force: str | None = None
+    """This one stage is made anew, whatever lies there."""
+
+    def __post_init__(self) -> None:
+        _known("--from", self.from_step, STEPS)
+        _known("--until", self.until, STEPS)
+        _known("--force", self.force, STAGES)
+        if self.from_step and self.until and STEPS.index(self.from_step) > STEPS.index(self.until):
+            raise ConfigError(f"--until {self.until} comes before --from {self.from_step}; swap them")
+
+    def forces(self, stage: str) -> bool:
+        """Whether a stage is made anew even if it is finished."""
+        return stage == self.force or (self.from_step is not None and not self.must_be_finished(stage))
+
+    def must_be_finished(self, stage: str) -> bool:
+        """Whether a stage stands before `--from`."""
+        return self.from_step is not None and STEPS.index(stage) < STEPS.index(self.from_step)
+
+    def includes(self, step: str) -> bool:
+        """Whether a step is not after `--until`."""
+        return self.until is None or STEPS.index(step) <= STEPS.index(self.until)
+
+
+def graph(config: RunConfig) -> dict[str, Node]:
+    """Key -> node of every stage of a run, each after its inputs.
+
+    Raises ConfigError for local input that is not there: it is cheaper to say so before any work.
+    """
+    nodes = [*_base_first(config), *_sources(config), *_data(config), *_training(config)]
+    return {node.key: node for node in nodes}
+
+
+def workspace(config: RunConfig) -> Path:
+    """The folder of all stage directories."""
+    return Path(config.workspace).expanduser().resolve()
+
+
+def stage(config: RunConfig, node: Node, refs: Mapping[str, StageRef]) -> Stage:
+    """A node with its inputs, ready to be looked up or made; `refs` are finished stages by key."""
+    inputs = {role: refs[key] for role, key in node.inputs.items()}
+    return Stage(node.stage, workspace(config), node.config, inputs, node.roots)
+
+
+def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageRef) -> Stage:
+    """The stage that sets a run's candidate against the present champion.
+
+    A part of promotion and not of the graph: which model is champion is known only when the candidate is registered.
+    """
+    roles = {"data": "tokenise", "base": "base", "reward": "reward", "evaluate": "evaluate", "candidate": "ppo"}
+    inputs = {role: refs[key] for role, key in roles.items()} | {"champion": champion}
+    return Stage("compare", workspace(config), _evaluation(config), inputs, ("tasks.evaluate",))
+
+
+def _base_first(config: RunConfig) -> list[Node]:
+    """The models that are there before the data: what is wrong with them shows before any other work."""
+    nodes = []
+    models = config.models
+    if isinstance(models.policy, str):
+        nodes.append(_model("base", models.policy, models.policy_revision, "models.policy"))
+    if models.reward is not None:
+        nodes.append(_model("reward-base", models.reward, models.reward_revision, "models.reward"))
+    return nodes
+
+
+def _model(key: str, name: str, revision: str | None, where: str) -> Node:
+    folder = Path(name).expanduser()
+    config: dict[str, Any] = {"model": name, "revision": revision}
+    if folder.is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        _check_model_folder(folder, where)
+        config = {"model": str(folder.resolve()), "revision": None, "files": _signature(folder, folder.iterdir())}
+    return Node(key, "base", config, {}, ("tasks.base",), launched=True)
+
+
+def _check_model_folder(folder: Path, where: str) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{where}: there is no model folder {folder}; correct the path, or give a name of the hub")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{where}: {folder} is no model folder, it has no config.json; point it at one that has")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{where}: {folder} holds no tokenizer; copy the model's tokenizer files into it")
+
+
+def _sources(config: RunConfig) -> list[Node]:
+    """Download and clean of every source, and before them the demo's own hub."""
+    data = config.data
+    nodes = []
+    if data.demo is not None:
+        demo = {"pairs": data.demo.pairs, "seed": data.demo.seed}
+        nodes.append(Node("demo", "demo", demo, {}, ("data_prep.demo",)))
+    nodes += [_download(config, name, source) for name, source in data.sources.items()]
+    nodes += [_clean(config, name, source) for name, source in data.sources.items()]
+    return nodes
+
+
+def _download(config: RunConfig, name: str, source: SourceConfig) -> Node:
+    if source.path is None and name not in SIX_SETS:
+        near = difflib.get_close_matches(name, SIX_SETS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIX_SETS)}"
+        raise ConfigError(f"data.sources: unknown set {name}; {hint} (for a file of your own, give its path)")
+    settings: dict[str, Any] = {"source": name, "path": None, "revision": source.revision, "hub": None}
+    inputs = {}
+    if source.path is not None:
+        settings |= _local_file(name, Path(source.path).expanduser())
+    elif config.data.demo is not None:
+        inputs = {"demo": "demo"}
+    elif config.data.hub is not None:
+        settings |= _mirror(name, Path(config.data.hub).expanduser())
+    return Node(f"download:{name}", "download", settings, inputs, ("data_prep.sources",))
+
+
+def _local_file(name: str, path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ConfigError(f"data.sources.{name}.path: there is no file or folder {path}; correct the path")
+    files = path.iterdir() if path.is_dir() else [path]
+    return {"path": str(path.resolve()), "files": _signature(path if path.is_dir() else path.parent, files)}
+
+
+def _mirror(name: str, hub: Path) -> dict[str, Any]:
+    if not hub.is_dir():
+        raise ConfigError(f"data.hub: there is no folder {hub}; correct it, or leave it out to use the Hugging Face hub")
+    if not (hub / name).is_dir():
+        raise ConfigError(f"data.hub: the mirror {hub} has no folder {name}; complete it, or leave out that source")
+    return {"hub": str(hub.resolve()), "files": _signature(hub / name, (hub / name).rglob("*.parquet"))}
+
+
+def _signature(folder: Path, files: Iterable[Path]) -> dict[str, list[int]]:
+    """Name -> size and time of files that are read where they lie: enough to notice that they changed.
+
+    Digests would be the better identity, but gigabytes of input would be read before every run. A file that was only
+    touched is read again, gives the same output, and nothing after it runs.
+    """
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(files) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _clean(config: RunConfig, name: str, source: SourceConfig) -> Node:
+    settings = {
+        "source": name,
+        "local": source.path is not None,
+        "max_rows": source.max_rows,
+        "min_score_ratio": source.min_score_ratio,
+        "max_pairs_per_post": source.max_pairs_per_post,
+        "max_chars": config.data.max_chars,
+    }
+    return Node(f"clean:{name}", "clean", settings, {"raw": f"download:{name}"}, ("data_prep.clean",))
+
+
+def _data(config: RunConfig) -> list[Node]:
+    """From the cleaned sources to token ids."""
+    data, seed = config.data, config.seed
+    # Rows that two sources share stay with the first, so the order counts; a JSON object alone would not keep it.
+    blend = {"weights": {name: s.weight for name, s in data.sources.items()}, "order": list(data.sources), "seed": seed}
+    split = {"phases": list(data.phases), "eval_fraction": data.eval_fraction, "seed": seed}
+    limits = {"max_prompt_tokens": data.max_prompt_tokens, "max_answer_tokens": data.max_answer_tokens}
+    nodes = [
+        Node("blend", "blend", blend, {name: f"clean:{name}" for name in data.sources}, ("data_prep.blend",)),
+        Node("split", "split", split, {"blend": "blend"}, ("data_prep.splits",)),
+    ]
+    if isinstance(config.models.policy, TinyModel):
+        tiny = {"model": config.models.policy.model_dump(mode="json"), "seed": seed}
+        nodes.append(Node("base", "base", tiny, {"split": "split"}, ("tasks.base",), launched=True))
+    inputs = {"split": "split", "base": "base"}
+    return [*nodes, Node("tokenise", "tokenise", limits, inputs, ("data_prep.tokenise",))]
+
+
+def _training(config: RunConfig) -> list[Node]:
+    """The stages that run in the worker on the infrastructure of the run."""
+    common = {"seed": config.seed}
+    answers = {"max_answer_tokens": config.data.max_answer_tokens}
+    reward_base = "reward-base" if config.models.reward is not None else "sft"
+    sft = {"sft": config.sft.model_dump(mode="json"), **common}
+    reward = {"reward": config.reward.model_dump(mode="json"), **common}
+    ppo = {"ppo": config.ppo.model_dump(mode="json"), **common, **answers}
+    data = {"data": "tokenise"}
+    return [
+        _trained("sft", sft, {**data, "base": "base"}),
+        _trained("reward", reward, {**data, "base": reward_base}),
+        _trained("ppo", ppo, {**data, "sft": "sft", "reward": "reward"}),
+        Node(
+            "evaluate",
+            "evaluate",
+            _evaluation(config),
+            {**data, "sft": "sft", "reward": "reward", "ppo": "ppo"},
+            ("tasks.evaluate",),
+            launched=True,
+        ),
+    ]
+
+
+def _trained(name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Node:
+    return Node(name, name, config, inputs, (f"tasks.training.{name}",), launched=True, resumable=True)
+
+
+def _evaluation(config: RunConfig) -> dict[str, Any]:
+    return {
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "seed": config.seed,
+        "max_answer_tokens": config.data.max_answer_tokens,
+        "true_score": "demo" if config.data.demo is not None else None,
+    }
+
+
+def _known(option: str, name: str | None, names: tuple[str, ...]) -> None:
+    if name is not None and name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        raise ConfigError(f"{option} {name}: unknown step; {hint}")

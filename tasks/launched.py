@@ -1,0 +1,149 @@
+"""Stages that the worker makes: started on the run's infrastructure, watched, their end put into one sentence.
+
+The processes are those of `infra.launch`, so call this from the flow's main thread: a Ctrl-C or a cancel is raised
+there, the worker gets its time for a checkpoint, and nothing is left when the exception goes on.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from infra import launch
+from infra.gpu import GpuInfrastructure
+from tasks import stages, tracking
+from tasks.config import ConfigError
+from tasks.stages import RECORDS, REPO, Stage, StageRef, write_json
+
+LOG = "worker.log"
+Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+class StageFailed(RuntimeError):
+    """A stage that failed for another reason than the user's input: one sentence, and where to read more."""
+
+    def __init__(self, message: str, log: Path, again: bool = False) -> None:
+        super().__init__(message)
+        self.log = log
+        self.again = again
+        """Whether trying again may help: the worker was killed, or failed after it had come further than before."""
+
+
+def make(
+    stage: Stage,
+    infrastructure: GpuInfrastructure,
+    store: tracking.Store,
+    parent_run: str,
+    *,
+    name: str,
+    force: bool = False,
+    resumable: bool = False,
+    datasets: Sequence[tuple[str, Path, str]] = (),
+    on_progress: Progress = lambda step, total, metrics: None,
+    on_wait: Callable[[str], None] = print,
+) -> StageRef:
+    """The stage, as it lies there or made by the worker, with an MLflow run of its own nested in `parent_run`.
+
+    Args:
+        name: of the stage in the run's graph.
+        datasets: what it reads, as `tracking.finish_stage` takes it.
+
+    Raises ConfigError for what the user can mend and StageFailed for the rest.
+    """
+    run_id: str | None = None
+
+    def work(directory: Path) -> Mapping[str, Any]:
+        nonlocal run_id
+        run_id = tracking.stage_run(store, parent_run, name, directory)
+        return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, on_progress)
+
+    try:
+        ref = stages.run(stage, work, force=force, resumable=resumable, on_wait=on_wait)
+    except BaseException as error:
+        if run_id is not None:
+            with suppress(Exception):  # the cause is to be seen, not that the store is down as well
+                tracking.end_run(store, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    if run_id is not None:
+        tracking.finish_stage(store, run_id, ref, datasets)
+    else:
+        tracking.link_cached(store, parent_run, ref, name)
+    return ref
+
+
+def run_worker(
+    stage: Stage,
+    directory: Path,
+    infrastructure: GpuInfrastructure,
+    track: Mapping[str, str] | None,
+    on_progress: Progress,
+) -> Mapping[str, Any]:
+    """Run the worker on a stage directory and return the stage's metrics."""
+    records = directory / RECORDS
+    for stale in ("outcome.json", "report.json"):
+        (records / stale).unlink(missing_ok=True)
+    settings = {
+        "stage": stage.name,
+        "config": dict(stage.config),
+        "inputs": {role: ref.path for role, ref in stage.inputs.items()},
+        "device": infrastructure.device,
+        "tracking": track,
+    }
+    write_json(records / "config.json", settings)
+    before = _checkpoint(directory)
+    outcome = launch.run(
+        "tasks.worker",
+        [stage.name, str(directory)],
+        log=records / LOG,
+        launch=infrastructure.launch(),
+        cwd=REPO,
+        on_progress=lambda told: on_progress(told["step"], told["total"], told["metrics"]),
+    )
+    report = _read(records / "report.json")
+    if outcome.exit_code == 0 and report is not None:
+        return report
+    further = _checkpoint(directory) != before
+    raise failure(stage.name, outcome, _read(records / "outcome.json"), records / LOG, further)
+
+
+def failure(
+    stage: str, outcome: launch.Outcome, told: Mapping[str, Any] | None, log: Path, further: bool
+) -> Exception:
+    """The exception for a worker that did not end well.
+
+    Args:
+        told: what the worker itself left as its outcome; None if it had no time to, as when it was killed.
+        further: whether it wrote a checkpoint before it ended.
+    """
+    kind = told["kind"] if told else "killed"
+    if told and kind == "user":
+        return ConfigError(told["message"])
+    if told and kind == "stopped":
+        return StageFailed(f"{stage} was {told['message']}; `rlhf run` goes on from there", log)
+    if told:
+        return StageFailed(told["message"], log, again=kind == "bug" and further)
+    return StageFailed(f"{stage} {_how_it_died(outcome)}", log, again=True)
+
+
+def _how_it_died(outcome: launch.Outcome) -> str:
+    last = next((line.strip() for line in reversed(outcome.tail) if line.strip()), "it printed nothing")
+    number = outcome.exit_code - 128
+    if number == signal.SIGKILL:
+        return "was killed (SIGKILL), most likely because the machine ran out of memory; lower its micro_batch_size"
+    if number in set(signal.Signals):
+        return f"was ended by {signal.Signals(number).name}; the end of its log: {last}"
+    return f"ended with exit code {outcome.exit_code} and no reason; the end of its log: {last}"
+
+
+def _checkpoint(directory: Path) -> Any:
+    """What the newest checkpoint is; None where there is none."""
+    return _read(directory / stages.CHECKPOINTS / "latest.json")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

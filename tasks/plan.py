@@ -1,0 +1,117 @@
+"""What a run would do, without doing anything: the graph's stages in order, each done already or not, and why.
+
+Only files are read: no server, no lock, no import of what makes a stage.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import dag, stages
+from tasks.config import ConfigError, RunConfig
+from tasks.dag import Choice, Node
+from tasks.stages import CHECKPOINTS, MANIFEST, Stage, StageRef
+
+
+@dataclass(frozen=True)
+class Line:
+    """A stage of the plan."""
+
+    key: str
+    stage: str
+    cached: bool
+    why: str
+    """Why it would run; empty for a cached one."""
+    reads: tuple[str, ...]
+    """The keys of the stages that it reads."""
+    directory: Path | None
+    """Where it lies or would lie; None while that depends on a stage that is yet to run."""
+    metrics: Mapping[str, Any]
+
+
+def plan(config: RunConfig, choice: Choice | None = None) -> list[Line]:
+    """A line per stage, in the order of the run, up to `--until`."""
+    choice = choice or Choice()
+    refs: dict[str, StageRef] = {}
+    lines = []
+    for node in dag.graph(config).values():
+        if choice.includes(node.stage):
+            line, ref = _line(config, choice, node, refs)
+            lines.append(line)
+            if ref is not None:
+                refs[node.key] = ref
+    return lines
+
+
+def check_finished(config: RunConfig, choice: Choice) -> None:
+    """ConfigError that names what is missing if a stage before `--from` is not finished."""
+    if choice.from_step is None:
+        return
+    missing = [line.key for line in plan(config) if choice.must_be_finished(line.stage) and not line.cached]
+    if missing:
+        raise ConfigError(
+            f"--from {choice.from_step} needs everything before it, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not finished; run without --from, or from {missing[0].split(':')[0]}"
+        )
+
+
+def _line(
+    config: RunConfig, choice: Choice, node: Node, refs: Mapping[str, StageRef]
+) -> tuple[Line, StageRef | None]:
+    reads = tuple(dict.fromkeys(node.inputs.values()))
+    waits = [key for key in reads if key not in refs]
+    if waits:
+        why = f"after {waits[0]}" if len(waits) == 1 else f"after {waits[0]} and {len(waits) - 1} more"
+        return Line(node.key, node.stage, False, why, reads, None, {}), None
+    stage = dag.stage(config, node, refs)
+    if choice.forces(node.stage):
+        return Line(node.key, node.stage, False, "forced", reads, stage.directory, {}), None
+    ref = stages.finished(stage)
+    if ref is None:
+        return Line(node.key, node.stage, False, _why(stage, node), reads, stage.directory, {}), None
+    return Line(node.key, node.stage, True, "", reads, stage.directory, ref.metrics), ref
+
+
+def _why(stage: Stage, node: Node) -> str:
+    """Why a stage that could be looked up would run."""
+    directory = stage.directory
+    if (directory / MANIFEST).exists():
+        return "its files are damaged"
+    if node.resumable and (step := _checkpoint(directory)) is not None:
+        return f"goes on from step {step}"
+    if directory.exists():
+        return "was interrupted"
+    siblings = [path for path in directory.parent.glob("*/" + MANIFEST)] if directory.parent.is_dir() else []
+    return _difference(stage, siblings)
+
+
+def _difference(stage: Stage, manifests: list[Path]) -> str:
+    """What sets a stage apart from the nearest one that was made: the part of its identity that changed."""
+    made = [known for path in manifests if (known := stages.read_manifest(path.parent)) is not None]
+    same_source = [known for known in made if known["config"].get("source") == stage.config.get("source")]
+    if not same_source:
+        return "not made yet"
+    newest = max(same_source, key=lambda known: known["started"])
+    changed = sorted(_changed_keys(newest["config"], dict(stage.config)))
+    if changed:
+        return f"changed: {', '.join(changed[:3])}" + (" ..." if len(changed) > 3 else "")
+    inputs = {role: ref.digest for role, ref in stage.inputs.items()}
+    if {role: entry["digest"] for role, entry in newest["inputs"].items()} != inputs:
+        return "its input changed"
+    return "its code changed"
+
+
+def _changed_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = {*old, *new}
+        return {name for key in keys for name in _changed_keys(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))}
+    return set() if json.dumps(old) == json.dumps(new) else {prefix}
+
+
+def _checkpoint(directory: Path) -> int | None:
+    try:
+        return int(json.loads((directory / CHECKPOINTS / "latest.json").read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None

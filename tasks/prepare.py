@@ -1,0 +1,135 @@
+"""The steps from raw sets to token ids, as Prefect tasks. All but the base model's are made in this process."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from tasks.stages import Stage, StageRef
+from tasks.steps import STAGE, Run, make
+
+Refs = Mapping[str, StageRef]
+
+
+def _is_worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+    """A hub that gave no answer may give one later; whatever else went wrong will again."""
+    return isinstance(state.data, ConnectionError)
+
+
+@task(name="demo", task_run_name="write the demo's sets", **STAGE)
+def demo(run: Run) -> Any:
+    """The demo's own six sets, as a local hub."""
+    return make(run, "demo", {}, work)
+
+
+@task(
+    name="download",
+    task_run_name="download {name}",
+    retries=3,
+    retry_delay_seconds=[5, 30, 120],
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def download(run: Run, name: str, refs: Refs) -> Any:
+    """The raw rows of a source."""
+    return make(run, f"download:{name}", refs, work)
+
+
+@task(name="clean", task_run_name="clean {name}", **STAGE)
+def clean(run: Run, name: str, raw: StageRef) -> Any:
+    """A source's rows as preference pairs, each dropped row with its reason."""
+    return make(run, f"clean:{name}", {f"download:{name}": raw}, work)
+
+
+@task(name="blend", task_run_name="blend", **STAGE)
+def blend(run: Run, cleaned: Refs) -> Any:
+    """All sources in one set, by weight, without copies."""
+    return make(run, "blend", cleaned, work)
+
+
+@task(name="split", task_run_name="split", **STAGE)
+def split(run: Run, blend: StageRef) -> Any:
+    """The pairs of each phase, and those that are held out."""
+    return make(run, "split", {"blend": blend}, work)
+
+
+@task(name="base", task_run_name="{key}", **STAGE)
+def base(run: Run, key: str, refs: Refs) -> Any:
+    """A base model, checked, with a tokenizer fit for training."""
+    return make(run, key, refs)
+
+
+@task(name="tokenise", task_run_name="tokenise", **STAGE)
+def tokenise(run: Run, split: StageRef, base: StageRef) -> Any:
+    """Token ids of every phase and side."""
+    return make(run, "tokenise", {"split": split, "base": base}, work)
+
+
+def work(stage: Stage, out: Path) -> Mapping[str, Any]:
+    """Make one of these stages in `out`. Returns its metrics."""
+    inputs = {role: ref.directory for role, ref in stage.inputs.items()}
+    return WORK[stage.name](stage.config, inputs, out)
+
+
+# The imports are late: a run whose stages are all there needs none of what makes them, and they take seconds.
+
+
+def _demo(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import demo
+
+    return demo.write_hub(out, config["seed"], config["pairs"])
+
+
+def _download(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import sources
+
+    spec = sources.SourceSpec(config["source"], path=config["path"], revision=config["revision"])
+    hub = str(inputs["demo"]) if "demo" in inputs else config["hub"]
+    return sources.download(spec, hub, out)
+
+
+def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import clean, sources
+
+    spec = sources.SourceSpec(
+        config["source"],
+        path=str(inputs["raw"]) if config["local"] else None,  # says only that the set is none of the six
+        max_rows=config["max_rows"],
+        min_score_ratio=config["min_score_ratio"],
+        max_pairs_per_post=config["max_pairs_per_post"],
+    )
+    return clean.clean(spec, inputs["raw"], out, config["max_chars"])
+
+
+def _blend(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import blend
+
+    cleaned = {name: inputs[name] for name in config["order"]}
+    return blend.blend(cleaned, config["weights"], config["seed"], out)
+
+
+def _split(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import splits
+
+    return splits.split(inputs["blend"], config["phases"], config["eval_fraction"], config["seed"], out)
+
+
+def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import tokenise
+
+    tokenizer = inputs["base"] / "tokenizer"
+    return tokenise.tokenise(
+        inputs["split"], tokenizer, config["max_prompt_tokens"], config["max_answer_tokens"], out
+    )
+
+
+WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path], Mapping[str, Any]]] = {
+    "demo": _demo,
+    "download": _download,
+    "clean": _clean,
+    "blend": _blend,
+    "split": _split,
+    "tokenise": _tokenise,
+}
+"""Stage -> what makes it: (config, inputs by role, directory) -> metrics."""

@@ -1,0 +1,290 @@
+"""Stage directories: the hand-over between steps, and the only cache.
+
+A step reads directories and writes one, `<workspace>/<stage>/<fingerprint>/`. Its manifest.json is written last, by an
+atomic rename, so a directory with a manifest is whole and one without is work in progress (a training stage resumes in
+it, any other starts it afresh). The fingerprint says what a stage *would* compute: its config, its inputs and its code.
+The digest says what it *did* compute: readers take the digest for the identity of their input, since a forced rerun on
+a GPU writes other bytes under the same fingerprint.
+
+Three kinds of files lie in a stage directory: outputs, which the digest covers; `records/` (config, log, curves), which
+the manifest lists but the digest leaves out; `checkpoints/`, which are gone once the stage is done.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+MANIFEST = "manifest.json"
+RECORDS = "records"
+CHECKPOINTS = "checkpoints"
+REPO = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "pyarrow", "mlflow", "prefect")
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """A finished stage: small and JSON-able, so that it can pass between Prefect tasks."""
+
+    stage: str
+    fingerprint: str
+    digest: str
+    path: str
+    cached: bool
+    seconds: float
+    metrics: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.path)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is about to be looked up or made."""
+
+    name: str
+    workspace: Path
+    config: Mapping[str, Any]
+    inputs: Mapping[str, StageRef]
+    roots: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over what decides the result: config, the inputs' digests and the code."""
+        identity = {
+            "stage": self.name,
+            "config": self.config,
+            "inputs": {name: ref.digest for name, ref in self.inputs.items()},
+            "code": code_digest(self.roots),
+        }
+        return _digest(json.dumps(identity, sort_keys=True).encode())[:16]
+
+    @property
+    def directory(self) -> Path:
+        return self.workspace / self.name / self.fingerprint
+
+
+def finished(stage: Stage) -> StageRef | None:
+    """The stage's reference if its manifest is there and every file in it still has its digest, else None."""
+    manifest = read_manifest(stage.directory)
+    if manifest is None or not _intact(stage.directory, manifest):
+        return None
+    return _reference(stage.directory, manifest, cached=True)
+
+
+def run(
+    stage: Stage,
+    work: Callable[[Path], Mapping[str, Any]],
+    *,
+    force: bool = False,
+    resumable: bool = False,
+    on_wait: Callable[[str], None] = print,
+) -> StageRef:
+    """The finished stage: as it lies there, or made by `work(directory)`, which returns the stage's metrics.
+
+    Only one process at a time makes a stage; others wait for it and then find it done. What an interrupted try left
+    behind is deleted first, unless the stage is `resumable` and was not finished before; `force` always starts afresh.
+    """
+    directory = stage.directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, on_wait):
+        if not force and (done := finished(stage)):
+            return done
+        if directory.exists() and (force or not resumable or (directory / MANIFEST).exists()):
+            shutil.rmtree(directory)
+        (directory / RECORDS).mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        metrics = work(directory)
+        return _commit(stage, directory, metrics, started)
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a stage directory, or None where there is none or it is damaged."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+
+def code_digest(roots: Sequence[str]) -> str:
+    """Digest of the project modules that `roots` import, directly or not, without their comments and docstrings.
+
+    The closure stays inside the code that computes (`data_prep`, `tasks.training`) and the roots themselves: how a
+    stage is configured, stored and tracked does not change its result.
+    """
+    sources = {module: _source(module) for module in _closure(roots)}
+    return _digest(json.dumps(sources, sort_keys=True).encode())
+
+
+def file_digests(directory: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> sha256 and size in bytes of every file below a directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {
+        path.relative_to(directory).as_posix(): {"sha256": _file_digest(path), "bytes": path.stat().st_size}
+        for path in files
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _commit(stage: Stage, directory: Path, metrics: Mapping[str, Any], started: float) -> StageRef:
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    files = file_digests(directory)
+    manifest = {
+        "stage": stage.name,
+        "fingerprint": stage.fingerprint,
+        "digest": _outputs_digest(files),
+        "inputs": {
+            name: {"stage": ref.stage, "fingerprint": ref.fingerprint, "digest": ref.digest}
+            for name, ref in stage.inputs.items()
+        },
+        "config": dict(stage.config),
+        "code": {"digest": code_digest(stage.roots), **_commit_of_the_repo()},
+        "versions": _versions(),
+        "metrics": dict(metrics),
+        "files": files,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 2),
+    }
+    write_json(directory / MANIFEST, manifest)
+    return _reference(directory, manifest, cached=False)
+
+
+def _reference(directory: Path, manifest: Mapping[str, Any], cached: bool) -> StageRef:
+    return StageRef(
+        stage=manifest["stage"],
+        fingerprint=manifest["fingerprint"],
+        digest=manifest["digest"],
+        path=str(directory),
+        cached=cached,
+        seconds=manifest["seconds"],
+        metrics=manifest["metrics"],
+    )
+
+
+def _intact(directory: Path, manifest: Mapping[str, Any]) -> bool:
+    files = manifest["files"]
+    try:
+        return all(
+            (directory / name).stat().st_size == entry["bytes"] and _file_digest(directory / name) == entry["sha256"]
+            for name, entry in files.items()
+        ) and manifest["digest"] == _outputs_digest(files)
+    except OSError:
+        return False
+
+
+@contextmanager
+def _locked(directory: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """A lock beside the directory, which the system gives back when its holder dies."""
+    lock = FileLock(directory.parent / f".{directory.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait(f"waiting for another run that is making {directory.parent.name}/{directory.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _closure(roots: Sequence[str]) -> list[str]:
+    seen: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        waiting += [name for name in _imports(module) if name.startswith(("data_prep.", "tasks.training."))]
+    return sorted(seen)
+
+
+def _imports(module: str) -> set[str]:
+    """The project modules that a module names in its import statements, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_module_file(module).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if _module_file(name).is_file()}
+
+
+def _module_file(module: str) -> Path:
+    return REPO / Path(*module.split(".")).with_suffix(".py")
+
+
+def _source(module: str) -> str:
+    """A module's source as the compiler sees it: no comments, no layout, no docstrings."""
+    tree = ast.parse(_module_file(module).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _outputs_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    outputs = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(f"{RECORDS}/")}
+    return _digest(json.dumps(outputs, sort_keys=True).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: metadata.version(name) for name in PACKAGES if _is_installed(name)}
+    return {"python": platform.python_version(), **installed}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit_of_the_repo() -> dict[str, Any]:
+    """The git commit of the code and whether it was changed since; empty where there is no git."""
+    try:
+        git = ["git", "-C", str(REPO)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit, "dirty": bool(changed.strip())}

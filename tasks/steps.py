@@ -1,0 +1,235 @@
+"""What every step of a run has in common: its run, the way from a node of the graph to a finished stage, its artifacts.
+
+The tasks of `tasks.prepare` and `tasks.train` are thin covers over `make`: Prefect shows them, the stage directories
+decide what is computed. So the tasks cache and persist nothing themselves.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+from uuid import UUID
+
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE, CachePolicy
+from prefect.client.schemas.objects import State
+from prefect.runtime import task_run
+from prefect.states import Completed
+
+from infra.gpu import GpuInfrastructure, resolve
+from tasks import dag, launched, stages, tracking
+from tasks.config import ConfigError, RunConfig
+from tasks.dag import Choice, Node
+from tasks.report import StepRow
+from tasks.stages import Stage, StageRef
+from tasks.watch import watcher
+
+Work = Callable[[Stage, Path], Mapping[str, Any]]
+SECONDS_BETWEEN_UPDATES = 5.0
+"""Of a progress artifact: each is a request to the server."""
+
+
+class TaskOptions(TypedDict):
+    """What every task of a stage is declared with."""
+
+    cache_policy: CachePolicy
+    persist_result: bool
+
+
+STAGE: TaskOptions = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in progress: what its steps need to know."""
+
+    config: RunConfig
+    choice: Choice
+    store: tracking.Store
+    run_id: str
+    """The MLflow run of the flow run."""
+    infrastructure: GpuInfrastructure
+
+    @cached_property
+    def graph(self) -> dag.Graph:
+        return dag.graph(self.config)
+
+
+def open_run(config: RunConfig, choice: Choice, run_id: str) -> Run:
+    """The run that an MLflow run belongs to."""
+    store = tracking.open_store(dag.workspace(config))
+    return Run(config, choice, store, run_id, infrastructure(config))
+
+
+def infrastructure(config: RunConfig) -> GpuInfrastructure:
+    """The infrastructure of a run. Raises ConfigError if it is unknown or this machine has not its GPUs."""
+    try:
+        found = resolve(config.infrastructure)
+        found.launch()
+    except ValueError as error:
+        raise ConfigError(f"infrastructure: {error}") from None
+    return found
+
+
+def make(run: Run, key: str, refs: Mapping[str, StageRef], work: Work | None = None) -> State[StageRef] | StageRef:
+    """What the task of a node returns: its finished stage, in a state named Cached if nothing was computed.
+
+    Args:
+        refs: the finished stages of the run so far, by key.
+        work: (stage, directory) -> metrics, for a stage that is made in this process.
+    """
+    node = run.graph[key]
+    watcher().started(key)
+    ref = _finished_or_made(run, node, dag.stage(run.config, node, refs), work)
+    watcher().finished(key, ref)
+    create_markdown_artifact(stage_page(key, ref, node, refs), key=artifact_key(key), description=headline(ref))
+    return Completed(name="Cached", data=ref) if ref.cached else ref
+
+
+def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> StageRef:
+    if run.choice.must_be_finished(node.stage):
+        if (done := stages.finished(stage)) is None:
+            raise ConfigError(f"--from {run.choice.from_step}: {node.key} before it is not finished; run without --from")
+        tracking.link_cached(run.store, run.run_id, done, node.key)
+        return done
+    # A retry goes on where the first try came to, it does not start afresh once more.
+    force = run.choice.forces(node.stage) and (task_run.run_count or 1) <= 1
+    if node.launched:
+        return launched.make(
+            stage,
+            run.infrastructure,
+            run.store,
+            run.run_id,
+            name=node.key,
+            force=force,
+            resumable=node.resumable,
+            datasets=datasets(node.stage, stage),
+            on_progress=Progress(node.key),
+            on_wait=watcher().said,
+        )
+    assert work is not None, f"{node.key} is made in this process, so its task has to say how"
+    ref = stages.run(stage, lambda directory: work(stage, directory), force=force, on_wait=watcher().said)
+    tracking.link_cached(run.store, run.run_id, ref, node.key)
+    return ref
+
+
+def datasets(name: str, stage: Stage) -> list[tuple[str, Path, str]]:
+    """The tables that a stage trains on and is evaluated on, as MLflow's dataset inputs."""
+    if "data" not in stage.inputs:
+        return []
+    phase = "ppo" if name in ("evaluate", "compare") else name
+    folder = stage.inputs["data"].directory
+    both = [(f"{phase}-train", "training"), (f"{phase}-eval", "evaluation")]
+    return [(name, folder / f"{name}.arrow", context) for name, context in (both if phase == name else both[1:])]
+
+
+class Progress:
+    """A launched stage's progress, told to the watcher and kept as a Prefect artifact if the stage is a long one."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.artifact: UUID | None = None
+        self.told = time.monotonic()
+
+    def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        watcher().progressed(self.key, step, total, metrics)
+        now = time.monotonic()
+        if now - self.told < SECONDS_BETWEEN_UPDATES and not (self.artifact and step == total):
+            return
+        self.told = now
+        percent = 100 * step / total
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+        description = f"{self.key}: step {step} of {total}" + (f", {shown}" if shown else "")
+        if self.artifact is None:
+            created = create_progress_artifact(percent, key=f"{artifact_key(self.key)}-progress", description=description)
+            assert isinstance(created, UUID)
+            self.artifact = created
+        else:
+            update_progress_artifact(self.artifact, progress=percent, description=description)
+
+
+def rows(refs: Iterable[StageRef]) -> list[StepRow]:
+    """A line per stage for the table of a run; the stages of one name, such as clean, share a line."""
+    together: dict[str, list[StageRef]] = {}
+    for ref in refs:
+        together.setdefault(ref.stage, []).append(ref)
+    return [_row(name, group) for name, group in together.items()]
+
+
+def _row(name: str, group: list[StageRef]) -> StepRow:
+    made = [ref for ref in group if not ref.cached]
+    metric = headline(group[0]) if len(group) == 1 else _headline_of_many(name, group)
+    return StepRow(
+        step=name if len(group) == 1 else f"{name} × {len(group)}",
+        seconds=sum(ref.seconds for ref in made),
+        cached=not made,
+        metric=metric,
+    )
+
+
+def _headline_of_many(name: str, group: list[StageRef]) -> str:
+    if name == "download":
+        return f"{sum(sum(ref.metrics['rows'].values()) for ref in group):,} rows"
+    if name == "clean":
+        total = [ref.metrics["total"] for ref in group]
+        return f"{sum(t['kept'] for t in total):,} of {sum(t['rows_in'] for t in total):,} pairs kept"
+    return ""
+
+
+def headline(ref: StageRef) -> str:
+    """The main figure of a finished stage, with its name."""
+    find = HEADLINES.get(ref.stage)
+    return find(ref.metrics) if find else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": lambda m: f"{m['pairs']:,} pairs",
+    "download": lambda m: f"{sum(m['rows'].values()):,} rows",
+    "clean": lambda m: f"{m['total']['kept']:,} of {m['total']['rows_in']:,} pairs kept",
+    "blend": lambda m: f"{m['train']:,} train and {m['test']:,} test pairs",
+    "split": lambda m: ", ".join(f"{phase} {sides['train']['rows']:,}" for phase, sides in m.items()) + " train pairs",
+    "base": lambda m: f"{m['parameters']:,} parameters" if "parameters" in m else f"vocabulary {m['vocabulary']:,}",
+    "tokenise": lambda m: (
+        f"{sum(t['sum'] for sides in m.values() for side in sides.values() for t in side['tokens'].values()):,} tokens"
+    ),
+    "sft": lambda m: f"perplexity {m['perplexity']:.2f}",
+    "reward": lambda m: f"accuracy {_percent(m['accuracy'])}",
+    "ppo": lambda m: f"reward {m['first_reward']:+.2f} → {m['reward']:+.2f}, KL {m['kl']:.2f}",
+    "evaluate": lambda m: f"PPO wins {_percent(m['win_rate'])} against SFT",
+    "compare": lambda m: f"the candidate wins {_percent(m['win_rate'])} against the champion",
+}
+"""Stage -> its main figure out of its metrics."""
+
+
+def stage_page(key: str, ref: StageRef, node: Node, refs: Mapping[str, StageRef]) -> str:
+    """What a stage's artifact says in Prefect: where it lies, what it was made from, what came out."""
+    lines = [f"## {key}{' (cached)' if ref.cached else ''}", "", headline(ref), ""]
+    lines += [f"`{ref.path}`", "", f"Made in {ref.seconds:.1f} s; digest `{ref.digest[:16]}`.", ""]
+    if node.inputs:
+        lines += ["| Input | Stage | Digest |", "|---|---|---|"]
+        read = ((role, refs[name]) for role, name in node.inputs.items())
+        lines += [f"| {role} | {r.stage} {r.fingerprint} | `{r.digest[:16]}` |" for role, r in read]
+        lines.append("")
+    lines += ["| Metric | Value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _flat(ref.metrics)]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} / ")
+        else:
+            yield f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def artifact_key(text: str) -> str:
+    """A key that Prefect takes: lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

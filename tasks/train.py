@@ -1,0 +1,102 @@
+"""The steps that train and evaluate, as Prefect tasks: each starts the worker on the run's infrastructure.
+
+Call them directly in the flow: a task that is submitted runs in a thread, where a cancel would reach nobody and the
+worker's processes would be left behind.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import task
+from prefect.states import Completed
+
+from tasks import dag, launched
+from tasks.launched import StageFailed
+from tasks.stages import StageRef
+from tasks.steps import STAGE, Progress, Run, datasets, make
+from tasks.watch import watcher
+
+Refs = Mapping[str, StageRef]
+
+
+def _is_worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+    """A worker that was killed goes on from its checkpoint; lack of memory, NaN and mistakes in the config stay."""
+    return isinstance(state.data, StageFailed) and state.data.again
+
+
+@task(
+    name="sft",
+    task_run_name="SFT: train the policy",
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def sft(run: Run, refs: Refs) -> Any:
+    """The policy, fine-tuned on preferred answers."""
+    return make(run, "sft", refs)
+
+
+@task(
+    name="reward",
+    task_run_name="reward model: train",
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def reward(run: Run, refs: Refs) -> Any:
+    """The reward model, trained on pairs."""
+    return make(run, "reward", refs)
+
+
+@task(
+    name="ppo",
+    task_run_name="PPO: train policy and critic",
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def ppo(run: Run, refs: Refs) -> Any:
+    """The policy, trained with PPO on the reward model's score."""
+    return make(run, "ppo", refs)
+
+
+@task(
+    name="evaluate",
+    task_run_name="evaluate: PPO against SFT",
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def evaluate(run: Run, refs: Refs) -> Any:
+    """Answers of SFT and PPO to held-out prompts, compared in pairs."""
+    return make(run, "evaluate", refs)
+
+
+@task(
+    name="compare",
+    task_run_name="compare: candidate against champion",
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
+    """Answers of the candidate and of the present champion, compared in pairs."""
+    stage = dag.comparison(run.config, refs, champion)
+    watcher().started("compare")
+    ref = launched.make(
+        stage,
+        run.infrastructure,
+        run.store,
+        run.run_id,
+        name="compare",
+        datasets=datasets("compare", stage),
+        on_progress=Progress("compare"),
+        on_wait=watcher().said,
+    )
+    watcher().finished("compare", ref)
+    return Completed(name="Cached", data=ref) if ref.cached else ref

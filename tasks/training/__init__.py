@@ -1,0 +1,1 @@
+"""The RLHF core: knows neither Prefect nor MLflow."""

@@ -1,0 +1,187 @@
+"""DeepSpeed engines: the one place where parameters are partitioned, stepped, gathered and saved.
+
+Different from DeepSpeed's own defaults: the gradient of an optimizer batch is the gradient of *one* sum divided by
+*one* denominator, whatever the micro-batch size, the accumulation and the number of ranks; clipping is always written
+(its default is 1.0); the optimizer is a client one, so that CPU and GPU runs share torch's AdamW.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from tasks.config import EngineConfig, OptimizerConfig
+from tasks.training.ranks import all_sum, rank, world_size
+from tasks.training.types import Micro, StepReport
+
+
+
+class TrainEngine:
+    """A DeepSpeed engine with an optimizer."""
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self.engine = engine
+        self.device = device
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def optimizer_step(
+        self, micro_batches: Sequence[Micro], loss_of: Callable[[Micro], Tensor], denominator: float
+    ) -> StepReport:
+        # DeepSpeed averages gradients over ranks; a mean over the whole batch needs their sum over its denominator.
+        scale = world_size() / float(all_sum(torch.tensor(denominator, dtype=torch.float64, device=self.device)))
+        learning_rate = self.engine.get_lr()[0]
+        for index, micro_batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            self.engine.backward(loss_of(micro_batch) * scale, scale_wrt_gas=False)
+            self.engine.step()
+        return StepReport(float(self.engine.get_global_grad_norm() or 0.0), learning_rate)
+
+    def save(self, folder: Path) -> None:
+        """Write the engine's part of a checkpoint (parameters, optimizer, schedule) into `folder`."""
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`. Raises ValueError if it does not fit this engine."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=True)
+        if path is None:
+            raise ValueError(f"the checkpoint in {folder} does not fit: it holds no engine state")
+
+
+def start(device: str) -> torch.device:
+    """Set up this process as one rank: its device, the process group, DeepSpeed on that device.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment, as torchrun sets them.
+    Raises ValueError where the device is not to be had.
+    """
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    elif not torch.cuda.is_available():
+        raise ValueError("this run wants a GPU, but torch sees none here; use `infrastructure: local-cpu`")
+    import deepspeed
+
+    if device == "cpu":
+        # DeepSpeed's shared-memory collectives are compiled with g++ on first use; gloo does the same without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
+    return torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def train_engine(
+    model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, steps: int, device: torch.device, where: str
+) -> TrainEngine:
+    """A model under DeepSpeed with AdamW and a schedule of `steps` optimizer steps.
+
+    `where` is the config path of the engine, for messages. Raises ValueError for what this machine cannot do.
+    """
+    import deepspeed
+
+    _check_device(config, device, where)
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adam = _adam(model, config, optimizer, device, where)
+    schedule = get_scheduler(
+        optimizer.schedule, adam, num_warmup_steps=round(optimizer.warmup_ratio * steps), num_training_steps=steps
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device),
+        optimizer=adam,
+        lr_scheduler=schedule,
+        config=_deepspeed_config(config, gradient_clipping=optimizer.max_grad_norm),
+    )
+    engine.train()
+    return TrainEngine(engine, device)
+
+
+def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, where: str) -> nn.Module:
+    """A model that is only read: partitioned under ZeRO-3, whole otherwise. Raises ValueError as `train_engine`."""
+    import deepspeed
+
+    _check_device(config, device, where)
+    model.requires_grad_(False)
+    stage = 3 if config.zero_stage == 3 else 0
+    settings = _deepspeed_config(config.model_copy(update={"zero_stage": stage, "offload_optimizer": False}))
+    engine, *_ = deepspeed.initialize(model=model.to(device), config=settings)
+    return engine.eval()
+
+
+def export(module: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Policy or ScalarModel as a plain Hugging Face folder (safetensors), from rank 0; all ranks must call it.
+
+    Partitioned parameters are gathered one at a time, so no rank holds more than one whole tensor on its device.
+    """
+    import deepspeed
+
+    model = module.model
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank() == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if rank() == 0:
+        buffers = dict(model.named_buffers())
+        persistent = [name for name in model.state_dict() if name in buffers]
+        weights.update({name: buffers[name].detach().cpu() for name in persistent})
+        for tied in model.all_tied_weights_keys:
+            weights.pop(tied, None)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def _adam(
+    model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, device: torch.device, where: str
+) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]  # norms and biases do not decay
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, optimizer.weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    settings = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
+    if config.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        if not CPUAdamBuilder().is_compatible(verbose=False):
+            raise ValueError(
+                f"{where}.offload_optimizer needs DeepSpeed's CPU Adam, which is compiled with g++ on first use and "
+                "cannot be here; install g++, or set offload_optimizer: false"
+            )
+        return DeepSpeedCPUAdam(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+
+
+def _check_device(config: EngineConfig, device: torch.device, where: str) -> None:
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ValueError(f"{where}.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+
+
+def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # unused: batches are counted by the loops
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "steps_per_print": 10**9,
+    }

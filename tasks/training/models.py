@@ -1,0 +1,124 @@
+"""The networks: policy and reference (a causal language model), critic and reward model (a scalar head on every token).
+
+All are plain Hugging Face folders, loaded strictly: a weight that is missing or left over is an error, since a silent
+partial load is a model that nobody trained. Dropout is off everywhere, also in SFT: with it the policy that samples
+and the policy that is trained would differ, and a resumed run would depend on more random state than its own.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from tasks.training.logprobs import token_entropy, token_logprobs
+from tasks.training.types import Sequences
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCORE_MEAN = "rlhf_score_mean"
+"""Key of the model config that holds the mean score of the held-out chosen answers; our scorer subtracts it."""
+
+
+class TokenScores(NamedTuple):
+    """Of tokens `start` to the end of each sequence. Both [B, T - start] fp32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Policy(nn.Module):
+    """A causal language model that returns log-probabilities, never logits, to whoever trains it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences: Sequences, start: int, temperature: float = 1.0) -> TokenScores:
+        """Log-probability and entropy of the tokens from position `start` (at least 1) on."""
+        output = self.model(**sequences._asdict(), use_cache=False)
+        logits = output.logits[:, start - 1 : -1]
+        tokens = sequences.input_ids[:, start:]
+        with torch.no_grad():
+            entropy = token_entropy(logits, temperature)
+        return TokenScores(token_logprobs(logits, tokens, temperature), entropy)
+
+
+class ScalarModel(nn.Module):
+    """A sequence classifier with one label, read at every token: the critic's values, the reward model's score."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def score_mean(self) -> float:
+        """Mean score of held-out chosen answers, subtracted from scores so that 0 means "as good as those"."""
+        return float(getattr(self.model.config, SCORE_MEAN, 0.0))
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        """[B, T] fp32: the head's output at every token, as trained (the mean is not subtracted)."""
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        hidden = backbone(**sequences._asdict(), use_cache=False).last_hidden_state
+        return self.model.score(hidden).squeeze(-1).float()
+
+
+def load_policy(folder: str | Path) -> Policy:
+    """The causal language model of a Hugging Face folder, in fp32. Raises ValueError if its weights do not fit."""
+    model = _load(AutoModelForCausalLM, folder, may_miss=())
+    return Policy(model)
+
+
+def load_scalar(folder: str | Path, pad_token_id: int, new_head_seed: int | None = None) -> ScalarModel:
+    """The one-label sequence classifier of a Hugging Face folder, in fp32.
+
+    With `new_head_seed` the folder may be a causal language model: the head is then drawn from N(0, 1/(d+1)), d the
+    width of its input (Huang et al. 2024, detail 10). Raises ValueError if the weights do not fit.
+    """
+    new_head = new_head_seed is not None
+    model = _load(
+        AutoModelForSequenceClassification,
+        folder,
+        may_miss=(r"score\.weight",) if new_head else (),
+        may_be_left=(r"lm_head\..*", r"embed_out\..*") if new_head else (),
+        num_labels=1,
+    )
+    model.config.pad_token_id = pad_token_id
+    if new_head_seed is not None:
+        width = model.score.weight.shape[1]
+        generator = torch.Generator().manual_seed(new_head_seed)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+    return ScalarModel(model)
+
+
+def without_dropout(config: Any) -> Any:
+    """The model config with every dropout probability set to 0."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, float) and re.search(r"dropout|pdrop|layerdrop", key):
+            setattr(config, key, 0.0)
+    return config
+
+
+def _load(
+    auto_class: Any, folder: str | Path, may_miss: Iterable[str], may_be_left: Iterable[str] = (), **config_changes: Any
+) -> PreTrainedModel:
+    config = without_dropout(AutoConfig.from_pretrained(folder, **config_changes))
+    model, report = auto_class.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    missing = [key for key in report["missing_keys"] if not _matches(key, may_miss)]
+    left_over = [key for key in report["unexpected_keys"] if not _matches(key, may_be_left)]
+    if missing or left_over or report["mismatched_keys"]:
+        raise ValueError(
+            f"the weights in {folder} do not fit a {auto_class.__name__}: missing {missing or 'none'}, "
+            f"left over {left_over or 'none'}, of another shape {list(report['mismatched_keys']) or 'none'}; "
+            "point the config at a model of the right kind"
+        )
+    return model
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in patterns)

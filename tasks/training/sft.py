@@ -1,0 +1,83 @@
+"""Supervised fine-tuning: the base model learns to answer, cross-entropy over the answers' tokens (EOS included).
+
+Ouyang et al. 2022, section 3.5 (step 1). Differs: the loss is a token mean over the whole optimizer batch, one pass
+over the data by default (their 16 overfit after one), dropout is off.
+"""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import datasets
+import torch
+
+from data_prep.tables import read_table
+from data_prep.tokenizer import load_tokenizer
+from tasks.config import SFTConfig
+from tasks.training.batches import chunks, language_batch
+from tasks.training.engine import export, train_engine
+from tasks.training.job import Job
+from tasks.training.losses import language_loss
+from tasks.training.models import load_policy
+from tasks.training.ranks import gather_rows, rank, world_size
+from tasks.training.supervised import fit, steps_of
+from tasks.training.types import Engine, LanguageBatch
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and evaluate; writes `model/`. Returns the stage's metrics."""
+    config, seed = SFTConfig.model_validate(job.config["sft"]), job.config["seed"]
+    tokenizer = load_tokenizer(job.inputs["tokenizer"])
+    train = read_table(job.inputs["data"] / "sft-train.arrow")
+    held_out = read_table(job.inputs["data"] / "sft-eval.arrow")
+    model = load_policy(job.inputs["base"])
+    steps = steps_of(config, len(train), "sft")
+    engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "sft.engine")
+
+    def collate(rows: Any) -> LanguageBatch:
+        return language_batch(rows, tokenizer.pad_token_id, job.device)
+
+    def loss_of(batch: LanguageBatch) -> torch.Tensor:
+        return language_loss(engine(batch.sequences, start=1).logprobs, batch.loss_mask[:, 1:])
+
+    fit(job, config, engine, train, collate, loss_of, lambda batch: batch.loss_mask.sum(), seed)
+    metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
+    job.log(steps, {f"sft/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
+    export(engine.module, tokenizer, job.directory / "model")
+    return {"steps": steps, "train_rows": len(train), **metrics}
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: SFTConfig) -> dict[str, Any]:
+    """Loss in nats per answer token and perplexity over held-out rows, whole and per source."""
+    engine.module.eval()
+    rows = table.select(range(rank(), len(table), world_size())).to_list()
+    # Under ZeRO-3 every rank must make as many forward passes: the shares differ by one row at most, so pad with one.
+    share = math.ceil(len(table) / world_size())
+    parts = list(chunks((rows + table.select([0]).to_list())[:share], config.micro_batch_size))
+    sums = []
+    for part in parts:
+        batch = collate(part)
+        logprobs = engine(batch.sequences, start=1).logprobs
+        mask = batch.loss_mask[:, 1:]
+        nll = -torch.where(mask, logprobs, 0.0).sum(1)
+        sums += [
+            {"source": row["source"], "nll": float(value), "tokens": int(count)}
+            for row, value, count in zip(part, nll, mask.sum(1), strict=True)
+        ]
+    engine.module.train()
+    return _summary(gather_rows(sums[: len(rows)]))
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    per_source: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in rows:
+        per_source[row["source"]][0] += row["nll"]
+        per_source[row["source"]][1] += row["tokens"]
+    nll, tokens = (sum(column) for column in zip(*per_source.values(), strict=True))
+    return {
+        "loss": nll / tokens,
+        "perplexity": math.exp(nll / tokens),
+        "eval_rows": len(rows),
+        "perplexity_per_source": {name: math.exp(n / t) for name, (n, t) in sorted(per_source.items())},
+    }

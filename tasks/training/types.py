@@ -1,0 +1,117 @@
+"""The records that pass through the training core, and the letters of their shapes.
+
+Shape legend
+    B  sequences in a batch
+    P  longest prompt of the batch, in tokens; prompts are padded on the left
+    R  longest answer of the batch, in tokens; answers are padded on the right
+    T  P + R, or the longest whole sequence where prompt and answer are not told apart
+    V  vocabulary
+Token at answer position r was chosen in the state before it, which is position P + r - 1 of the sequence: log-probability,
+value, reward and advantage of that action all stand at index r.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Micro = TypeVar("Micro")
+
+
+class Sequences(NamedTuple):
+    """Token sequences as a model takes them."""
+
+    input_ids: Tensor
+    """[B, T] int64"""
+    attention_mask: Tensor
+    """[B, T] bool; False on padding"""
+    position_ids: Tensor
+    """[B, T] int64; counts real tokens from 0, whatever side the padding is on"""
+
+
+class LanguageBatch(NamedTuple):
+    """Samples of SFT."""
+
+    sequences: Sequences
+    loss_mask: Tensor
+    """[B, T] bool; True on the tokens that are learnt (those of the answer, EOS included)"""
+
+
+class PairBatch(NamedTuple):
+    """Preference pairs; the chosen answers of B pairs, then the rejected ones, in one batch of 2B sequences."""
+
+    sequences: Sequences
+    last: Tensor
+    """[2B] int64; position of each sequence's last token, where the score is read"""
+    weight: Tensor
+    """[B] fp32"""
+
+
+class Rollout(NamedTuple):
+    """Prompts and the answers sampled for them."""
+
+    sequences: Sequences
+    """T = P + R"""
+    answer_mask: Tensor
+    """[B, R] bool; True on sampled tokens, EOS included"""
+    logprobs: Tensor
+    """[B, R] fp32, as sampled (temperature applied); 0 where masked"""
+    ended: Tensor
+    """[B] bool; True where the policy sampled EOS within its limit"""
+
+
+class Experience(NamedTuple):
+    """A rollout with all that PPO's update needs, one row per sequence."""
+
+    sequences: Sequences
+    answer_mask: Tensor
+    """[B, R] bool"""
+    logprobs: Tensor
+    """[B, R] fp32, of the policy that sampled, by the training forward pass"""
+    values: Tensor
+    """[B, R] fp32, of the critic before the update"""
+    advantages: Tensor
+    """[B, R] fp32"""
+    returns: Tensor
+    """[B, R] fp32"""
+
+
+class PolicyStats(NamedTuple):
+    """Sums over answer tokens; divide by the number of tokens."""
+
+    approx_kl: Tensor
+    clipped: Tensor
+    ratio: Tensor
+
+
+class StepReport(NamedTuple):
+    """One optimizer step."""
+
+    grad_norm: float
+    """Before clipping, over all parameters and ranks."""
+    learning_rate: float
+    """Used in this step."""
+
+
+class Engine(Protocol):
+    """What a training loop needs of an engine."""
+
+    module: nn.Module
+    device: torch.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def optimizer_step(
+        self, micro_batches: Sequence[Micro], loss_of: Callable[[Micro], Tensor], denominator: float
+    ) -> StepReport:
+        """One optimizer step over all ranks' micro-batches.
+
+        The loss is the sum of `loss_of` over all micro-batches of all ranks, divided by the sum over ranks of
+        `denominator` (tokens, or pairs, of this rank's micro-batches). Every rank gives the same number of them.
+        """
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...

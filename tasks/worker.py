@@ -1,0 +1,220 @@
+"""The launched process: `python -m tasks.worker STAGE DIRECTORY` trains or evaluates one stage, as one rank.
+
+It reads `records/config.json`, runs the stage's module, and leaves beside the outputs
+    records/metrics.jsonl   what was measured, a row per step
+    records/report.json     the stage's metrics, written last; then the exit code is 0
+    records/outcome.json    otherwise: why it ended, and what to do; the exit code is 75 after a requested stop
+Prefect is never imported here. Stages are dispatched by a table of names, so that a stage's code digest does not hold
+every other stage's code.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.launch import report_progress
+from tasks.stages import RECORDS, write_json
+from tasks.training import checkpoint
+from tasks.training.job import Job, NotFinite, Stopped
+
+MODULES = {
+    "base": "tasks.base",
+    "sft": "tasks.training.sft",
+    "reward": "tasks.training.reward",
+    "ppo": "tasks.training.ppo",
+    "evaluate": "tasks.evaluate",
+    "compare": "tasks.evaluate",
+}
+MODELS = ("base", "sft", "reward", "ppo", "champion")
+"""Inputs that are models: the stages get the Hugging Face folder inside."""
+STOPPED = 75
+SECONDS_BETWEEN_PROGRESS = 0.5
+
+
+def main() -> None:
+    stage, directory = sys.argv[1], Path(sys.argv[2])
+    stop = StopRequest()
+    try:
+        report = run(stage, directory, stop)
+    except Stopped as stopped:
+        leave(directory, "stopped", str(stopped), resumes_at=stopped.step)
+        raise SystemExit(STOPPED) from None
+    except ValueError as error:
+        traceback.print_exc()
+        leave(directory, "user", str(error))
+        raise SystemExit(2) from None
+    except NotFinite as error:
+        leave(directory, "nan", str(error))
+        raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        leave(directory, "oom", f"{out_of_memory(stage)} ({str(error).splitlines()[0]})")
+        raise SystemExit(1) from None
+    except Exception as error:
+        traceback.print_exc()
+        leave(directory, "bug", f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from None
+    if is_first_rank():
+        write_json(directory / RECORDS / "report.json", report)
+
+
+def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """Run a stage in this process. Returns its metrics."""
+    spec = json.loads((directory / RECORDS / "config.json").read_text())
+    module = importlib.import_module(MODULES[stage])
+    device = start(spec["device"], distributed=stage in ("sft", "reward", "ppo"))
+    rows = MetricRows(directory, checkpoint.latest_step(directory / "checkpoints") or 0)
+    tracker = open_tracker(spec["tracking"])
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        if is_first_rank():
+            metrics = {**metrics, **memory(device)}
+            rows.append(step, metrics)
+            if tracker:
+                tracker.log(step, metrics)
+
+    job = Job(
+        stage=stage,
+        directory=directory,
+        config=spec["config"],
+        inputs=model_inputs(spec["inputs"]),
+        device=device,
+        log=log,
+        progress=Progress(),
+        should_stop=should_stop,
+    )
+    try:
+        report: dict[str, Any] = module.run(job)
+    finally:
+        if tracker:
+            tracker.close()
+    return report
+
+
+def start(device: str, distributed: bool) -> torch.device:
+    """This process's device; with `distributed` also its process group and DeepSpeed."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if distributed:
+        from tasks.training import engine
+
+        return engine.start(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this run wants a GPU, but torch sees none here; use `infrastructure: local-cpu`")
+    return torch.device(device)
+
+
+def model_inputs(inputs: Mapping[str, str]) -> dict[str, Path]:
+    """Stage directories -> what the stage reads: models become their folders, `tokenizer` is that of base or SFT."""
+    paths = {name: Path(path) for name, path in inputs.items()}
+    folders = {name: model_folder(path) if name in MODELS else path for name, path in paths.items()}
+    for name in ("base", "sft"):
+        if name in paths:
+            own = paths[name] / "tokenizer"
+            folders.setdefault("tokenizer", own if own.is_dir() else folders[name])
+    return folders
+
+
+def model_folder(directory: Path) -> Path:
+    """The Hugging Face folder of a stage: `model/`, or what base.json points at, or the directory itself."""
+    pointer = directory / "base.json"
+    if pointer.exists():
+        return Path(json.loads(pointer.read_text())["model"])
+    return directory / "model" if (directory / "model").is_dir() else directory
+
+
+def leave(directory: Path, kind: str, message: str, resumes_at: int | None = None) -> None:
+    """Write why this process ended, unless another rank has: the first to fail is the cause."""
+    outcome = directory / RECORDS / "outcome.json"
+    if not outcome.exists():
+        write_json(outcome, {"kind": kind, "message": message, "resumes_at": resumes_at})
+
+
+def out_of_memory(stage: str) -> str:
+    """What to change when a stage runs out of GPU memory."""
+    engine = f"{stage}.policy_engine" if stage == "ppo" else f"{stage}.engine"
+    return (
+        f"{stage} ran out of GPU memory; lower {stage}.micro_batch_size, set {engine}.gradient_checkpointing: true, "
+        f"or raise {engine}.zero_stage"
+    )
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak GPU memory of this rank in GiB; nothing on a CPU."""
+    return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
+
+
+def open_tracker(tracking: Mapping[str, str] | None) -> Any:
+    """The MLflow tracker of this stage's run, on rank 0 of a tracked run; else None."""
+    if tracking is None or not is_first_rank():
+        return None
+    from tasks.tracking import Tracker
+
+    return Tracker(tracking["uri"], tracking["run_id"])
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class StopRequest:
+    """True once SIGTERM or SIGINT has come: the loop then ends its step, writes a checkpoint and stops."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+class MetricRows:
+    """`records/metrics.jsonl`; rows of steps that a resumed run makes again are dropped."""
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        self.path = directory / RECORDS / "metrics.jsonl"
+        if not is_first_rank():
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if self._step(line) <= resumed_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    @staticmethod
+    def _step(line: str) -> float:
+        try:
+            return float(json.loads(line)["step"])
+        except ValueError:
+            return float("inf")  # cut short by a kill
+
+
+class Progress:
+    """Tells the flow how far this stage is, at most every half second."""
+
+    def __init__(self) -> None:
+        self.told = 0.0
+
+    def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if is_first_rank() and (now - self.told >= SECONDS_BETWEEN_PROGRESS or step == total):
+            self.told = now
+            report_progress({"step": step, "total": total, "metrics": dict(metrics)})
+
+
+if __name__ == "__main__":
+    main()

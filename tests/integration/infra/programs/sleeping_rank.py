@@ -1,0 +1,46 @@
+"""A rank that only sleeps: `python -m infra.rank sleeping_rank MODE FOLDER`, tells by files in FOLDER."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MODE, FOLDER, RANK = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
+
+
+def checkpoint(number: int, frame: object) -> None:
+    """Takes half a second, as writing one does, and doesn't mind being told twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.5)
+    (FOLDER / f"checkpoint.{RANK}").touch()
+    print(f"rank {RANK} wrote its checkpoint")
+    sys.exit(75)
+
+
+def main() -> None:
+    """Says that it is ready, then does what MODE says."""
+    if MODE == "graceful":
+        signal.signal(signal.SIGTERM, checkpoint)
+    elif MODE == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # A child in a session of its own, which inherits the ignored SIGTERM.
+        subprocess.Popen(["sleep", "300"], start_new_session=True)
+    print(f"rank {RANK} is ready")
+    (FOLDER / f"ready.{RANK}").touch()
+    if MODE == "done":
+        sys.exit(0)
+    if MODE == "fails" and RANK == "0":
+        print("the reason of the failure")
+        time.sleep(0.2)
+        sys.exit(3)
+    if MODE == "leaves":
+        subprocess.Popen(["sleep", "300"], start_new_session=True)
+        sys.exit(0)
+    if MODE == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(300)
+
+
+main()

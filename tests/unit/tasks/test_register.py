@@ -1,0 +1,153 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks import tracking
+from tasks.config import parse
+from tasks.register import register, register_models, registered_already, registration_stage
+from tasks.stages import Stage, finished, run
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return tracking.open_store(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def store(template, tmp_path, monkeypatch):
+    """A store of the test's own: a copy of the migrated database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return fresh_store(template, tmp_path / "workspace")
+
+
+def fresh_store(template, workspace: Path):
+    workspace.mkdir()
+    (workspace / "mlflow.db").write_bytes((Path(template.workspace) / "mlflow.db").read_bytes())
+    return tracking.open_store(workspace)
+
+
+def model_folder(directory: Path, architecture: str, weights: str) -> None:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "model.safetensors").write_text(weights)
+
+
+@pytest.fixture
+def config(store):
+    return parse({"name": "demo", "workspace": store.workspace})
+
+
+@pytest.fixture
+def refs(store):
+    workspace = Path(store.workspace)
+
+    def trained(name, architecture, metrics, inputs):
+        def work(directory):
+            model_folder(directory / "model", architecture, f"weights of {name}")
+            return metrics
+
+        return run(Stage(name, workspace, {}, inputs, ()), work)
+
+    def plain(name, metrics, inputs):
+        def work(directory):
+            (directory / "out.txt").write_text(name)
+            return metrics
+
+        return run(Stage(name, workspace, {}, inputs, ()), work)
+
+    made = {"tokenise": plain("tokenise", {}, {})}
+    made["sft"] = trained("sft", "LlamaForCausalLM", {"loss": 1.0}, {"data": made["tokenise"]})
+    made["reward"] = trained("reward", "LlamaForSequenceClassification", {"accuracy": 0.9}, {"base": made["sft"]})
+    made["ppo"] = trained("ppo", "LlamaForCausalLM", {"kl": 3.0}, {"sft": made["sft"], "reward": made["reward"]})
+    made["evaluate"] = plain("evaluate", {"win_rate": 0.75, "ppo_reward": 1.25}, {"ppo": made["ppo"]})
+    return made
+
+
+@pytest.fixture
+def run_id(store, config):
+    return tracking.start_run(store, config, {})
+
+
+def test_both_models_are_registered_as_candidates_with_their_inputs(store, config, refs, run_id):
+    made = register(store, config, refs, run_id)
+    assert (made.policy, made.policy_version, made.reward, made.reward_version) == ("demo-policy", 1, "demo-reward", 1)
+    assert not made.cached
+    policy = tracking.alias(store, "demo-policy", "candidate")
+    assert policy.digest == refs["ppo"].digest
+    assert policy.run_id == run_id
+    assert policy.tags["input.data.digest"] == refs["tokenise"].digest
+    assert policy.tags["input.reward"] == refs["reward"].fingerprint
+    assert policy.tags["metric.win_rate"] == "0.75"
+    reward = tracking.alias(store, "demo-reward", "candidate")
+    assert reward.digest == refs["reward"].digest
+    assert reward.tags["metric.accuracy"] == "0.9"
+    assert "input.reward.digest" not in reward.tags
+    assert tracking.alias(store, "demo-policy", "champion") is None
+
+
+def test_registered_folder_shares_the_weights_and_leaves_the_stage_whole(store, config, refs, run_id):
+    made = register(store, config, refs, run_id)
+    policy = Path(made.directory) / "policy"
+    assert tracking.alias(store, "demo-policy", "candidate").source == policy.as_uri()
+    original = refs["ppo"].directory / "model" / "model.safetensors"
+    assert os.path.samefile(original, policy / "model" / "model.safetensors")
+    assert not (original.parent / "MLmodel").exists()
+    assert "TextGenerationPipeline" in (policy / "MLmodel").read_text()
+    assert "LlamaForSequenceClassification" in (policy.parent / "reward" / "MLmodel").read_text()
+    assert sorted(file.name for file in (policy / "components" / "tokenizer").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert finished(registration_stage(config, refs)) is not None
+    card = (policy / "README.md").read_text()
+    assert refs["reward"].fingerprint in card
+    assert "| win rate | 0.75 |" in card
+
+
+def test_second_time_is_cached_and_the_task_says_so(store, config, refs, run_id):
+    first = register(store, config, refs, run_id)
+    assert registered_already(store, config, refs)
+    state = register_models.fn(store, config, refs, run_id)
+    assert (state.name, state.type.value) == ("Cached", "COMPLETED")
+    assert register(store, config, refs, run_id).policy_version == first.policy_version
+    assert len(tracking.versions(store, "demo-policy")) == 1
+
+
+def test_another_store_is_not_taken_for_this_one(template, tmp_path, store, config, refs, run_id):
+    register(store, config, refs, run_id)
+    other = fresh_store(template, tmp_path / "other")
+    assert not registered_already(other, config, refs)
+    made = register(other, config, refs, tracking.start_run(other, config, {}))
+    assert not made.cached
+    assert tracking.alias(other, "demo-policy", "candidate").version == 1
+
+
+def test_damaged_registered_files_are_made_again_under_the_same_version(store, config, refs, run_id):
+    first = register(store, config, refs, run_id)
+    (Path(first.directory) / "policy" / "MLmodel").unlink()
+    assert not registered_already(store, config, refs)
+    again = register(store, config, refs, run_id)
+    assert not again.cached
+    assert (again.policy_version, again.directory) == (1, first.directory)
+    assert (Path(again.directory) / "policy" / "MLmodel").is_file()
+
+
+def test_candidate_moves_to_what_the_last_run_made(store, config, refs, run_id):
+    register(store, config, refs, run_id)
+
+    def work(directory):
+        model_folder(directory / "model", "LlamaForCausalLM", "other weights")
+        return {}
+
+    other = run(Stage("ppo", Path(store.workspace), {"kl_coef": 1}, {"sft": refs["sft"]}, ()), work)
+    register(store, config, refs | {"ppo": other}, run_id)
+    assert tracking.alias(store, "demo-policy", "candidate").version == 2
+    register(store, config, refs, run_id)
+    assert tracking.alias(store, "demo-policy", "candidate").version == 1
+    assert len(tracking.versions(store, "demo-reward")) == 1

@@ -44,7 +44,7 @@ def _make_pair(rng: Random, prompt: str) -> DemoPair:
             return DemoPair(prompt, *((first, second) if first_wins else (second, first)))
 
 
-def write_hub(out: Path, seed: int = 0, pairs: int = 6000) -> dict[str, Any]:
+def write_hub(out: Path, seed: int = 0, pairs: int = 12_000) -> dict[str, Any]:
     """Write the six sets as `<out>/<name>/data/<split>-00000-of-00001.parquet`; the same seed gives the same files.
 
     pairs: how many distinct good pairs; copies and faulty rows come on top.  Returns {"pairs", "rows": {name: {split:

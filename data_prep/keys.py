@@ -1,7 +1,6 @@
 """Hashes that stay the same on every machine and in every run: what rows are the same, what rows belong together."""
 
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -13,9 +12,11 @@ _WORD = re.compile(r"\w+")
 
 def digest(*parts: str) -> bytes:
     """16 bytes that name the parts; their borders count ("a", "bc" differs from "ab", "c")."""
-    return hashlib.blake2b(
-        json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=16
-    ).digest()
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(8, "big") + data)
+    return state.digest()
 
 
 def fraction(*parts: str) -> float:
@@ -35,4 +36,8 @@ def prompt_group(prompt: Sequence[Message]) -> str:
 
 def messages_digest(*conversations: Sequence[Message]) -> bytes:
     """16 bytes that name the exact messages of one or more conversations."""
-    return digest(*(json.dumps([[turn["role"], turn["content"]] for turn in turns]) for turns in conversations))
+    parts: list[str] = []
+    for turns in conversations:
+        parts.append(str(len(turns)))
+        parts += (part for turn in turns for part in (turn["role"], turn["content"]))
+    return digest(*parts)

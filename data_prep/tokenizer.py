@@ -41,7 +41,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"There is no folder {name}: correct the model's path.")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, its readers raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"No tokenizer could be loaded from {name}: name a local folder that has one. ({reason})"

@@ -1,11 +1,12 @@
 """The subflow that prepares the data: raw sets in, token ids out, and the base model whose tokenizer makes them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from prefect import flow, unmapped
 from prefect.artifacts import create_table_artifact
 
-from tasks import dag, prepare, report
+from tasks import prepare, report
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.stages import StageRef
@@ -25,34 +26,39 @@ def prepare_data(config: RunConfig, choice: Choice, run_id: str) -> Refs:
     """
     run = open_run(config, choice, run_id)
     refs: Refs = {}
-    for done in _steps(run, refs):
-        refs |= done
-    lines = report.data_table(refs)
-    if lines:
-        create_table_artifact([_table_line(line) for line in lines], key="data", description="Rows by source")
+    for made in _steps(run, refs):
+        refs |= made
+        if choice.is_reached(run.graph, refs):
+            break
+    if lines := report.data_table(refs):
+        create_table_artifact(rows_by_source(lines), key="data", description="Rows by source, and drops by reason")
     return refs
 
 
 def _steps(run: Run, refs: Refs) -> Iterator[Refs]:
     """The steps in order. Each yields what it made, and finds all that was made before it in `refs`."""
-    graph, wanted = run.graph, run.choice.includes
     sources = list(run.config.data.sources)
     for key in ("base", "reward-base"):
-        if key in graph and not graph[key].inputs and wanted("base"):
+        if key in run.graph and not run.graph[key].inputs:  # a model that is there already: checked before all else
             yield {key: prepare.base(run, key, refs, return_state=True).result()}
-    if "demo" in graph and wanted("demo"):
+    if "demo" in run.graph:
         yield {"demo": prepare.demo(run, return_state=True).result()}
-    if wanted("download"):
-        raw = prepare.download.map(unmapped(run), sources, unmapped(refs)).result()
-        yield {f"download:{name}": ref for name, ref in zip(sources, raw, strict=True)}
-    if wanted("clean"):
-        cleaned = prepare.clean.map(unmapped(run), sources, raw).result()
-        yield {f"clean:{name}": ref for name, ref in zip(sources, cleaned, strict=True)}
-    if wanted("blend"):
-        yield {"blend": prepare.blend(run, refs, return_state=True).result()}
-    if wanted("split"):
-        yield {"split": prepare.split(run, refs["blend"], return_state=True).result()}
-    if wanted("base") and graph["base"].inputs:
+    raw = prepare.download.map(unmapped(run), sources, unmapped(refs)).result()
+    yield {f"download:{name}": ref for name, ref in zip(sources, raw, strict=True)}
+    cleaned = prepare.clean.map(unmapped(run), sources, raw).result()
+    yield {f"clean:{name}": ref for name, ref in zip(sources, cleaned, strict=True)}
+    yield {"blend": prepare.blend(run, refs, return_state=True).result()}
+    yield {"split": prepare.split(run, refs["blend"], return_state=True).result()}
+    if "base" not in refs:
         yield {"base": prepare.base(run, "base", refs, return_state=True).result()}
-    if wanted("tokenise"):
-        yield {"tokenise": prepare.tokenise(run, refs["split"], refs["base"], return_state=True).result()}
+    yield {"tokenise": prepare.tokenise(run, refs["split"], refs["base"], return_state=True).result()}
+
+
+def rows_by_source(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of `report.data_table` as Prefect shows a table: a column per reason for which rows were dropped."""
+    reasons = sorted({reason for line in lines for reason in line["counts"]})
+    return [
+        {"source": line["name"], "rows": line["rows_in"], "kept": line["kept"]}
+        | {reason: line["counts"][reason] for reason in reasons}
+        for line in lines
+    ]

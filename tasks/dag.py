@@ -6,7 +6,7 @@ names, sizes and times of local input files.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,16 @@ class Choice:
         """Whether a stage stands before `--from`."""
         return self.from_step is not None and STEPS.index(stage) < STEPS.index(self.from_step)
 
-    def includes(self, step: str) -> bool:
-        """Whether a step is not after `--until`."""
-        return self.until is None or STEPS.index(step) <= STEPS.index(self.until)
+    def is_reached(self, graph: "Graph", done: Container[str]) -> bool:
+        """Whether `--until` is a stage of which every node is done: then the run ends."""
+        return self.until in STAGES and all(key in done for key, node in graph.items() if node.stage == self.until)
+
+    def check(self, graph: "Graph") -> None:
+        """ConfigError if a stage is named that this run has not."""
+        present = {node.stage for node in graph.values()} | set(STEPS) - set(STAGES)
+        for option, name in (("--from", self.from_step), ("--until", self.until), ("--force", self.force)):
+            if name is not None and name not in present:
+                raise ConfigError(f"{option} {name}: this run has no such stage; it has {', '.join(sorted(present))}")
 
 
 def graph(config: RunConfig) -> dict[str, Node]:
@@ -174,7 +181,7 @@ def _local_file(name: str, path: Path) -> dict[str, Any]:
 
 def _mirror(name: str, hub: Path) -> dict[str, Any]:
     if not hub.is_dir():
-        raise ConfigError(f"data.hub: there is no folder {hub}; correct it, or leave it out to use the Hugging Face hub")
+        raise ConfigError(f"data.hub: there is no folder {hub}; correct it, or leave it out for the Hugging Face hub")
     if not (hub / name).is_dir():
         raise ConfigError(f"data.hub: the mirror {hub} has no folder {name}; complete it, or leave out that source")
     return {"hub": str(hub.resolve()), "files": _signature(hub / name, (hub / name).rglob("*.parquet"))}

@@ -21,7 +21,7 @@ LOG = "worker.log"
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
-class StageFailed(RuntimeError):
+class StageFailed(RuntimeError):  # noqa: N818 (what happened, as Prefect names its states)
     """A stage that failed for another reason than the user's input: one sentence, and where to read more."""
 
     def __init__(self, message: str, log: Path, again: bool = False) -> None:
@@ -108,9 +108,7 @@ def run_worker(
     raise failure(stage.name, outcome, _read(records / "outcome.json"), records / LOG, further)
 
 
-def failure(
-    stage: str, outcome: launch.Outcome, told: Mapping[str, Any] | None, log: Path, further: bool
-) -> Exception:
+def failure(stage: str, outcome: launch.Outcome, told: Mapping[str, Any] | None, log: Path, further: bool) -> Exception:
     """The exception for a worker that did not end well.
 
     Args:

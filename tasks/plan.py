@@ -4,7 +4,7 @@ Only files are read: no server, no lock, no import of what makes a stage.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,34 +36,43 @@ def plan(config: RunConfig, choice: Choice | None = None) -> list[Line]:
     choice = choice or Choice()
     refs: dict[str, StageRef] = {}
     lines = []
-    for node in dag.graph(config).values():
-        if choice.includes(node.stage):
-            line, ref = _line(config, choice, node, refs)
-            lines.append(line)
-            if ref is not None:
-                refs[node.key] = ref
+    graph = dag.graph(config)
+    choice.check(graph)
+    for node in graph.values():
+        line, ref = _line(config, choice, node, refs)
+        lines.append(line)
+        if ref is not None:
+            refs[node.key] = ref
+        if choice.is_reached(graph, {line.key for line in lines}):
+            break
     return lines
+
+
+def together(lines: Sequence[Line]) -> list[list[Line]]:
+    """The lines in groups: those of one stage of which the same is to be said, one per source, are one."""
+    groups: dict[tuple[str, bool, str], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line.stage, line.cached, line.why), []).append(line)
+    return list(groups.values())
 
 
 def check_finished(config: RunConfig, choice: Choice) -> None:
     """ConfigError that names what is missing if a stage before `--from` is not finished."""
     if choice.from_step is None:
         return
-    missing = [line.key for line in plan(config) if choice.must_be_finished(line.stage) and not line.cached]
+    unfinished = [line.stage for line in plan(config) if choice.must_be_finished(line.stage) and not line.cached]
+    missing = list(dict.fromkeys(unfinished))
     if missing:
         raise ConfigError(
-            f"--from {choice.from_step} needs everything before it, and {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not finished; run without --from, or from {missing[0].split(':')[0]}"
+            f"--from {choice.from_step} needs all before it, but not finished: {', '.join(missing)}; run without --from"
         )
 
 
-def _line(
-    config: RunConfig, choice: Choice, node: Node, refs: Mapping[str, StageRef]
-) -> tuple[Line, StageRef | None]:
+def _line(config: RunConfig, choice: Choice, node: Node, refs: Mapping[str, StageRef]) -> tuple[Line, StageRef | None]:
     reads = tuple(dict.fromkeys(node.inputs.values()))
     waits = [key for key in reads if key not in refs]
     if waits:
-        why = f"after {waits[0]}" if len(waits) == 1 else f"after {waits[0]} and {len(waits) - 1} more"
+        why = f"after {waits[-1].partition(':')[0]}"
         return Line(node.key, node.stage, False, why, reads, None, {}), None
     stage = dag.stage(config, node, refs)
     if choice.forces(node.stage):
@@ -83,7 +92,7 @@ def _why(stage: Stage, node: Node) -> str:
         return f"goes on from step {step}"
     if directory.exists():
         return "was interrupted"
-    siblings = [path for path in directory.parent.glob("*/" + MANIFEST)] if directory.parent.is_dir() else []
+    siblings = list(directory.parent.glob(f"*/{MANIFEST}")) if directory.parent.is_dir() else []
     return _difference(stage, siblings)
 
 
@@ -106,7 +115,9 @@ def _difference(stage: Stage, manifests: list[Path]) -> str:
 def _changed_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = {*old, *new}
-        return {name for key in keys for name in _changed_keys(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))}
+        return {
+            name for key in keys for name in _changed_keys(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        }
     return set() if json.dumps(old) == json.dumps(new) else {prefix}
 
 

@@ -119,9 +119,7 @@ def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) 
     from data_prep import tokenise
 
     tokenizer = inputs["base"] / "tokenizer"
-    return tokenise.tokenise(
-        inputs["split"], tokenizer, config["max_prompt_tokens"], config["max_answer_tokens"], out
-    )
+    return tokenise.tokenise(inputs["split"], tokenizer, config["max_prompt_tokens"], config["max_answer_tokens"], out)
 
 
 WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path], Mapping[str, Any]]] = {

@@ -17,11 +17,13 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ MANIFEST = "manifest.json"
 RECORDS = "records"
 CHECKPOINTS = "checkpoints"
 REPO = Path(__file__).resolve().parent.parent
+_PARSING = threading.Lock()  # CPython 3.11 raises SystemError when two threads parse at once (gh-106905)
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "pyarrow", "mlflow", "prefect")
 
 
@@ -128,8 +131,15 @@ def code_digest(roots: Sequence[str]) -> str:
     """Digest of the project modules that `roots` import, directly or not, without their comments and docstrings.
 
     The closure stays inside the code that computes (`data_prep`, `tasks.training`) and the roots themselves: how a
-    stage is configured, stored and tracked does not change its result.
+    stage is configured, stored and tracked does not change its result. Computed once: what this process has loaded does
+    not follow an edit.
     """
+    with _PARSING:
+        return _code_digest(tuple(roots))
+
+
+@cache
+def _code_digest(roots: tuple[str, ...]) -> str:
     sources = {module: _source(module) for module in _closure(roots)}
     return _digest(json.dumps(sources, sort_keys=True).encode())
 

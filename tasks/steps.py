@@ -23,7 +23,7 @@ from infra.gpu import GpuInfrastructure, resolve
 from tasks import dag, launched, stages, tracking
 from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice, Node
-from tasks.report import StepRow
+from tasks.headlines import headline
 from tasks.stages import Stage, StageRef
 from tasks.watch import watcher
 
@@ -85,14 +85,17 @@ def make(run: Run, key: str, refs: Mapping[str, StageRef], work: Work | None = N
     watcher().started(key)
     ref = _finished_or_made(run, node, dag.stage(run.config, node, refs), work)
     watcher().finished(key, ref)
-    create_markdown_artifact(stage_page(key, ref, node, refs), key=artifact_key(key), description=headline(ref))
+    page, figure = stage_page(key, ref, node, refs), headline(ref.stage, ref.metrics)
+    create_markdown_artifact(page, key=artifact_key(key), description=figure)
     return Completed(name="Cached", data=ref) if ref.cached else ref
 
 
 def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> StageRef:
     if run.choice.must_be_finished(node.stage):
         if (done := stages.finished(stage)) is None:
-            raise ConfigError(f"--from {run.choice.from_step}: {node.key} before it is not finished; run without --from")
+            raise ConfigError(
+                f"--from {run.choice.from_step}: {node.key} before it is not finished; run without --from"
+            )
         tracking.link_cached(run.store, run.run_id, done, node.key)
         return done
     # A retry goes on where the first try came to, it does not start afresh once more.
@@ -144,73 +147,18 @@ class Progress:
         shown = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
         description = f"{self.key}: step {step} of {total}" + (f", {shown}" if shown else "")
         if self.artifact is None:
-            created = create_progress_artifact(percent, key=f"{artifact_key(self.key)}-progress", description=description)
+            created = create_progress_artifact(
+                percent, key=f"{artifact_key(self.key)}-progress", description=description
+            )
             assert isinstance(created, UUID)
             self.artifact = created
         else:
             update_progress_artifact(self.artifact, progress=percent, description=description)
 
 
-def rows(refs: Iterable[StageRef]) -> list[StepRow]:
-    """A line per stage for the table of a run; the stages of one name, such as clean, share a line."""
-    together: dict[str, list[StageRef]] = {}
-    for ref in refs:
-        together.setdefault(ref.stage, []).append(ref)
-    return [_row(name, group) for name, group in together.items()]
-
-
-def _row(name: str, group: list[StageRef]) -> StepRow:
-    made = [ref for ref in group if not ref.cached]
-    metric = headline(group[0]) if len(group) == 1 else _headline_of_many(name, group)
-    return StepRow(
-        step=name if len(group) == 1 else f"{name} × {len(group)}",
-        seconds=sum(ref.seconds for ref in made),
-        cached=not made,
-        metric=metric,
-    )
-
-
-def _headline_of_many(name: str, group: list[StageRef]) -> str:
-    if name == "download":
-        return f"{sum(sum(ref.metrics['rows'].values()) for ref in group):,} rows"
-    if name == "clean":
-        total = [ref.metrics["total"] for ref in group]
-        return f"{sum(t['kept'] for t in total):,} of {sum(t['rows_in'] for t in total):,} pairs kept"
-    return ""
-
-
-def headline(ref: StageRef) -> str:
-    """The main figure of a finished stage, with its name."""
-    find = HEADLINES.get(ref.stage)
-    return find(ref.metrics) if find else ""
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "demo": lambda m: f"{m['pairs']:,} pairs",
-    "download": lambda m: f"{sum(m['rows'].values()):,} rows",
-    "clean": lambda m: f"{m['total']['kept']:,} of {m['total']['rows_in']:,} pairs kept",
-    "blend": lambda m: f"{m['train']:,} train and {m['test']:,} test pairs",
-    "split": lambda m: ", ".join(f"{phase} {sides['train']['rows']:,}" for phase, sides in m.items()) + " train pairs",
-    "base": lambda m: f"{m['parameters']:,} parameters" if "parameters" in m else f"vocabulary {m['vocabulary']:,}",
-    "tokenise": lambda m: (
-        f"{sum(t['sum'] for sides in m.values() for side in sides.values() for t in side['tokens'].values()):,} tokens"
-    ),
-    "sft": lambda m: f"perplexity {m['perplexity']:.2f}",
-    "reward": lambda m: f"accuracy {_percent(m['accuracy'])}",
-    "ppo": lambda m: f"reward {m['first_reward']:+.2f} → {m['reward']:+.2f}, KL {m['kl']:.2f}",
-    "evaluate": lambda m: f"PPO wins {_percent(m['win_rate'])} against SFT",
-    "compare": lambda m: f"the candidate wins {_percent(m['win_rate'])} against the champion",
-}
-"""Stage -> its main figure out of its metrics."""
-
-
 def stage_page(key: str, ref: StageRef, node: Node, refs: Mapping[str, StageRef]) -> str:
     """What a stage's artifact says in Prefect: where it lies, what it was made from, what came out."""
-    lines = [f"## {key}{' (cached)' if ref.cached else ''}", "", headline(ref), ""]
+    lines = [f"## {key}{' (cached)' if ref.cached else ''}", "", headline(ref.stage, ref.metrics), ""]
     lines += [f"`{ref.path}`", "", f"Made in {ref.seconds:.1f} s; digest `{ref.digest[:16]}`.", ""]
     if node.inputs:
         lines += ["| Input | Stage | Digest |", "|---|---|---|"]

@@ -5,15 +5,19 @@ worker's processes would be left behind.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from prefect import task
 from prefect.states import Completed
 
 from tasks import dag, launched
+from tasks.config import ConfigError
 from tasks.launched import StageFailed
 from tasks.stages import StageRef
 from tasks.steps import STAGE, Progress, Run, datasets, make
+from tasks.tracking import Version
 from tasks.watch import watcher
 
 Refs = Mapping[str, StageRef]
@@ -100,3 +104,18 @@ def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
     )
     watcher().finished("compare", ref)
     return Completed(name="Cached", data=ref) if ref.cached else ref
+
+
+def standing(run: Run, version: Version) -> StageRef:
+    """A registered policy as the input of a stage. Raises ConfigError where its files are not on this machine."""
+    digest, fingerprint = version.tags.get("digest", ""), version.tags.get("fingerprint", "")
+    address = urlsplit(version.source)
+    folders = [Path(unquote(address.path))] if address.scheme in ("", "file") else []
+    folders.append(dag.workspace(run.config) / "ppo" / fingerprint)
+    for folder in folders:
+        if (folder / "model" / "config.json").is_file():
+            return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})
+    raise ConfigError(
+        f"the champion, {version.name} version {version.version}, cannot be compared: its files are neither in "
+        f"{folders[0]} nor in this workspace; promote the candidate by hand with `rlhf promote`"
+    )

@@ -113,7 +113,8 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
     stage = 3 if config.zero_stage == 3 else 0
     settings = _deepspeed_config(config.model_copy(update={"zero_stage": stage, "offload_optimizer": False}))
     engine, *_ = deepspeed.initialize(model=model.to(device), config=settings)
-    return engine.eval()
+    engine.eval()  # DeepSpeed's returns nothing
+    return engine
 
 
 def export(module: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

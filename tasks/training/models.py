@@ -26,7 +26,7 @@ class TokenScores(NamedTuple):
     """Of tokens `start` to the end of each sequence. Both [B, T - start] fp32."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 class Policy(nn.Module):
@@ -36,14 +36,13 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, sequences: Sequences, start: int, temperature: float = 1.0) -> TokenScores:
-        """Log-probability and entropy of the tokens from position `start` (at least 1) on."""
-        output = self.model(**sequences._asdict(), use_cache=False)
-        logits = output.logits[:, start - 1 : -1]
-        tokens = sequences.input_ids[:, start:]
-        with torch.no_grad():
-            entropy = token_entropy(logits, temperature)
-        return TokenScores(token_logprobs(logits, tokens, temperature), entropy)
+    def forward(
+        self, sequences: Sequences, start: int, temperature: float = 1.0, with_entropy: bool = False
+    ) -> TokenScores:
+        """Log-probabilities of the tokens from position `start` (at least 1) on, and their entropy if asked for."""
+        logits = self.model(**sequences._asdict(), use_cache=False).logits[:, start - 1 : -1]
+        logprobs = token_logprobs(logits, sequences.input_ids[:, start:], temperature)
+        return TokenScores(logprobs, token_entropy(logits.detach(), temperature) if with_entropy else None)
 
 
 class ScalarModel(nn.Module):

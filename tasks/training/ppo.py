@@ -234,7 +234,7 @@ def _optimizer_steps(config: PPOConfig, actors: Actors, micro_batches: list[Expe
 def _score_part(
     config: PPOConfig, actors: Actors, sequences: Sequences, start: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    policy = actors.policy(sequences, start, config.sampling.temperature)
+    policy = actors.policy(sequences, start, config.sampling.temperature, with_entropy=True)
     reference = actors.reference(sequences, start, config.sampling.temperature).logprobs
     values = actors.critic(sequences)[:, start - 1 : -1]
     last = last_token(sequences.attention_mask)

@@ -102,7 +102,7 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path: Path, folder: Folder) -> Non
 
 def test_missing_paths(tmp_path: Path, folder: Folder) -> None:
     out = folder("raw")
-    with pytest.raises(ValueError, match="no file or folder .*nowhere"):
+    with pytest.raises(ValueError, match=r"no file or folder .*nowhere"):
         download(SourceSpec("mine", path=str(tmp_path / "nowhere")), None, out)
     with pytest.raises(ValueError, match=r"holds no train file: .*train\.jsonl"):
         download(SourceSpec("mine", path=str(folder("empty"))), None, out)

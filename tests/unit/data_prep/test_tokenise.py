@@ -112,7 +112,7 @@ def test_folders_without_a_usable_tokenizer(folder: Folder, make_tokenizer: Call
     with pytest.raises(ValueError, match="has no EOS token"):
         load_tokenizer(make_tokenizer())
     (folder("broken") / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="No tokenizer could be loaded from .*broken"):
+    with pytest.raises(ValueError, match=r"No tokenizer could be loaded from .*broken"):
         load_tokenizer(folder("x").parent / "broken")
 
 
@@ -134,7 +134,7 @@ def test_check_eos(tokenizer_dir: Path, model: Row, generation: Row | None, good
     if good:
         check_eos(tokenizer, model, generation)
     else:
-        with pytest.raises(ValueError, match="id 0.* the model with 7.*make eos_token_id the same"):
+        with pytest.raises(ValueError, match=r"id 0.* the model with 7.*make eos_token_id the same"):
             check_eos(tokenizer, model, generation)
 
 

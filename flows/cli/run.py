@@ -1,0 +1,121 @@
+"""`rlhf run` and `rlhf plan`: a config file with overrides to a run, or to what it would do."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli import console
+from flows.cli.errors import Debug, State
+
+if TYPE_CHECKING:
+    from tasks.config import RunConfig
+    from tasks.dag import Choice
+
+Config = Annotated[Path, typer.Argument(help="A run config, such as infra/runs/demo.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Set a value of the config, such as ppo.kl_coef=0.1. Repeatable."),
+]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="STEP", help="Make this step and all after it anew; all before it has to be finished."
+    ),
+]
+Until = Annotated[str | None, typer.Option("--until", metavar="STEP", help="End after this step.")]
+Force = Annotated[
+    str | None,
+    typer.Option("--force", metavar="STAGE", help="Make this stage anew even if it is finished; others as needed."),
+]
+STEPS = "Steps: demo, download, clean, blend, split, base, tokenise, sft, reward, ppo, evaluate, register, promote."
+
+
+def run(
+    config: Config,
+    set_: Overrides = None,
+    from_: From = None,
+    until: Until = None,
+    force: Force = None,
+    debug: Debug = False,
+) -> None:
+    """Run the whole flow: data in, a registered model out. What is finished already is not made again."""
+    parsed, choice = _checked(config, set_, from_, until, force)
+    from flows import local
+    from tasks import dag
+
+    workspace = dag.workspace(parsed)
+    name = f"{parsed.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    logs = workspace / "logs"
+    with (
+        local.terminated_in_order(),
+        console.RunDisplay() as display,
+        local.PrefectServer(logs, quiet=not debug) as server,
+    ):
+        State.log = logs / f"{name}.log"
+        State.resume = "What is finished stays; run the same command again and it goes on."
+        display.waiting("start Prefect and MLflow")
+        from prefect import tags
+
+        from flows.retrain import retrain
+        from tasks import tracking
+        from tasks.watch import watched_by
+
+        tracking.open_store(workspace)  # made and migrated while the server boots
+        with server.connected(), local.logged_to(State.log), watched_by(display), tags(parsed.name):
+            display.ended("start Prefect and MLflow")
+            flow = retrain.with_options(flow_run_name=name)
+            result = flow(parsed, from_stage=choice.from_step, until=choice.until, force=choice.force)
+    console.result(result)
+
+
+def plan(
+    config: Config,
+    set_: Overrides = None,
+    from_: From = None,
+    until: Until = None,
+    force: Force = None,
+    debug: Debug = False,
+) -> None:
+    """Show what a run would do: its stages in order, what is cached, what would run and why. Changes nothing."""
+    from tasks import plan as planning
+    from tasks.headlines import headline_of_many
+
+    parsed, choice = _checked(config, set_, from_, until, force)
+    lines = planning.plan(parsed, choice)
+    shown = [
+        (
+            console.title(group[0].key) if len(group) == 1 else f"{group[0].stage} × {len(group)}",
+            "[cyan]cached[/]" if group[0].cached else "[yellow]would run[/]",
+            group[0].why or headline_of_many(group[0].stage, [line.metrics for line in group]),
+            ", ".join(dict.fromkeys(key.partition(":")[0] for key in group[0].reads)),
+        )
+        for group in planning.together(lines)
+    ]
+    console.console.print(console.table(("stage", "", "result, or why it runs", "reads"), shown))
+    cached = sum(line.cached for line in lines)
+    console.console.print(f"\n{cached} of {len(lines)} stages cached, {len(lines) - cached} would run.")
+
+
+def _checked(
+    config: Path, overrides: list[str] | None, from_: str | None, until: str | None, force: str | None
+) -> "tuple[RunConfig, Choice]":
+    """Config and choice, with all that can be said against them before any work."""
+    from infra.machine import gpu_count
+    from infra.shipped import SHIPPED
+    from tasks import dag
+    from tasks.config import ConfigError, load
+    from tasks.plan import check_finished
+
+    parsed = load(config, overrides or ())
+    choice = dag.Choice(from_, until, force)
+    choice.check(dag.graph(parsed))
+    wanted = SHIPPED.get(parsed.infrastructure, {})
+    if wanted.get("device") == "cuda" and gpu_count() == 0:
+        raise ConfigError(
+            f"infrastructure: {parsed.infrastructure} needs a GPU and this machine shows none; use "
+            "`--set infrastructure=local-cpu`, or check `nvidia-smi -L`"
+        )
+    check_finished(parsed, choice)
+    return parsed, choice

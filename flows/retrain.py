@@ -1,0 +1,200 @@
+"""The flow: prepare -> SFT -> reward model -> PPO -> evaluate -> register -> promote.
+
+It may end early (`until`), begin late (`from_stage`) or make one stage anew (`force`); otherwise a stage that is
+finished is never made again. What the run came to is written to a report.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+from prefect import flow, get_run_logger, tags
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
+
+from flows.prepare import prepare_data
+from flows.promotion import promotion
+from tasks import dag, figures, headlines, plan, report, steps, tracking, train
+from tasks.config import RunConfig
+from tasks.dag import Choice
+from tasks.promote import Judgement, Verdict, needs_comparison
+from tasks.register import Registration, register_models
+from tasks.report import StepRow
+from tasks.stages import StageRef
+from tasks.steps import Run, open_run
+
+Refs = dict[str, StageRef]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    name: str
+    """Of the flow run."""
+    rows: list[StepRow]
+    registration: Registration | None
+    verdict: Verdict | None
+    versions: Mapping[str, str]
+    """Registered model -> version and aliases."""
+    report: Path
+    mlflow_run: str
+    mlflow_url: str | None
+
+
+class Outcome:
+    """What a run has come to so far; grows with its steps."""
+
+    def __init__(self) -> None:
+        self.refs: Refs = {}
+        self.registration: Registration | None = None
+        self.verdict: Verdict | None = None
+
+
+def _run_name() -> str:
+    return f"{flow_run.parameters['config'].name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@flow(name="retrain", flow_run_name=_run_name, persist_result=False)
+def retrain(
+    config: RunConfig, from_stage: str | None = None, until: str | None = None, force: str | None = None
+) -> Result:
+    """Retrain a model.
+
+    Args:
+        config: what the run is told; every default is in `tasks.config`.
+        from_stage: everything before this step has to be finished; it and all after it are made anew.
+        until: the last step.
+        force: this one stage is made anew.
+    """
+    choice = Choice(from_stage, until, force)
+    choice.check(dag.graph(config))
+    steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
+    plan.check_finished(config, choice)
+    store = tracking.open_store(dag.workspace(config))
+    name = str(flow_run.name)
+    origin = {"prefect.flow_run": name, "prefect.flow_run_id": str(flow_run.id)}
+    run_id = tracking.start_run(store, config, origin, name)
+    outcome = Outcome()
+    try:
+        with tags(config.name):
+            run = open_run(config, choice, run_id)
+            for _ in _steps(run, outcome):
+                if choice.is_reached(run.graph, outcome.refs):
+                    break
+        result = _closed(run, name, outcome)
+    except BaseException as error:
+        with suppress(Exception):  # the cause is to be seen, not that the store is down as well
+            tracking.end_run(store, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    tracking.end_run(store, run_id, "FINISHED")
+    return result
+
+
+def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
+    """The steps in order; the run may end at each yield."""
+    refs = outcome.refs
+    refs |= prepare_data(run.config, run.choice, run.run_id)
+    yield
+    refs["sft"] = train.sft(run, refs, return_state=True).result()
+    yield
+    refs["reward"] = train.reward(run, refs, return_state=True).result()
+    yield
+    refs["ppo"] = train.ppo(run, refs, return_state=True).result()
+    yield
+    refs["evaluate"] = train.evaluate(run, refs, return_state=True).result()
+    yield
+    outcome.registration = register_models(run.store, run.config, refs, run.run_id, return_state=True).result()
+    if run.choice.until == "register":
+        return
+    judgement = _judged(run, outcome.registration, refs)
+    outcome.verdict = promotion(
+        outcome.registration.policy, outcome.registration.policy_version, str(dag.workspace(run.config)), judgement
+    )
+
+
+def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
+    """How the candidate does: against the champion if there is another one, else against the SFT model."""
+    candidate = tracking.find_version(run.store, registration.policy, registration.policy_version)
+    champion = tracking.alias(run.store, registration.policy, tracking.CHAMPION)
+    made = refs["evaluate"]
+    if champion is not None and needs_comparison(candidate, champion):
+        made = refs["compare"] = train.compare(run, refs, train.standing(run, champion), return_state=True).result()
+    return Judgement(
+        win_rate=made.metrics["win_rate"],
+        min_win_rate=run.config.promote.min_win_rate,
+        champion=champion.version if champion else None,
+    )
+
+
+def _closed(run: Run, name: str, outcome: Outcome) -> Result:
+    """Report, artifacts and result of a run that came to its end."""
+    rows = [*headlines.rows(outcome.refs.values()), *_last_rows(outcome)]
+    versions = _versions(run.store, outcome.registration)
+    url = tracking.run_url(run.store, run.run_id)
+    verdict = outcome.verdict
+    summary = report.RunSummary(
+        name=run.config.name,
+        flow_run=name,
+        verdict=verdict.reason if verdict else f"The run ended after {run.choice.until}, as asked for.",
+        promoted=verdict is not None and verdict.promoted,
+        rows=rows,
+        refs=outcome.refs,
+        config=yaml.safe_dump(tracking.redacted(run.config.model_dump(mode="json")), sort_keys=False),
+        versions=versions,
+        run_id=run.run_id,
+        run_url=url,
+        samples=run.config.evaluate.samples,
+    )
+    path = report.write(dag.workspace(run.config) / "reports" / f"{name}.html", summary)
+    tracking.log_file(run.store, run.run_id, path)
+    get_run_logger().info("%s Report: %s", summary.verdict, path)
+    _artifacts(run, outcome, rows, summary, path)
+    return Result(name, rows, outcome.registration, verdict, versions, path, run.run_id, url)
+
+
+def _last_rows(outcome: Outcome) -> list[StepRow]:
+    """The lines of the steps that leave no stage directory."""
+    lines = []
+    if made := outcome.registration:
+        metric = f"{made.policy} {made.policy_version}, {made.reward} {made.reward_version}"
+        lines.append(StepRow("register", 0.0, made.cached, metric))
+    if outcome.verdict:
+        lines.append(StepRow("promote", 0.0, False, "promoted" if outcome.verdict.promoted else "champion unchanged"))
+    return lines
+
+
+def _versions(store: tracking.Store, registration: Registration | None) -> dict[str, str]:
+    if registration is None:
+        return {}
+    numbers = {registration.policy: registration.policy_version, registration.reward: registration.reward_version}
+    aliases = {name: tracking.find_version(store, name, number).aliases for name, number in numbers.items()}
+    return {name: f"{number} ({', '.join(aliases[name]) or 'no alias'})" for name, number in numbers.items()}
+
+
+def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.RunSummary, path: Path) -> None:
+    """What Prefect shows of the whole run: the steps, the comparison, the curves, the way to MLflow."""
+    create_table_artifact([_table_line(row) for row in rows], key="steps", description=summary.verdict)
+    if "evaluate" in outcome.refs:
+        columns = ("", "SFT", "PPO", "difference")
+        lines = report.comparison(outcome.refs["evaluate"].metrics)
+        table = [dict(zip(columns, line, strict=True)) for line in lines]
+        create_table_artifact(table, key="metrics", description="PPO against SFT")
+    trained = {key: outcome.refs[key] for key in ("sft", "reward", "ppo") if key in outcome.refs}
+    if not all(ref.cached for ref in trained.values()):  # else an earlier run has the same picture
+        picture = figures.curves({key: ref.directory for key, ref in trained.items()})
+        if picture:
+            address = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+            create_image_artifact(address, key="curves", description="Reward, KL and losses")
+    where = f"[{summary.flow_run}]({summary.run_url})" if summary.run_url else tracking.how_to_open(run.store)
+    text = f"MLflow run `{run.run_id}`: {where}\n\nReport: `{path}`\n"
+    create_markdown_artifact(text, key="mlflow", description="The run in MLflow")
+
+
+def _table_line(row: StepRow) -> dict[str, str]:
+    time = "cached" if row.cached else report.duration(row.seconds)
+    return {"step": row.step, "time": time, "main metric": row.metric}

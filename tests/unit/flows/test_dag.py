@@ -1,0 +1,188 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import dag
+from tasks.config import SIX_SETS, ConfigError, RunConfig, parse
+from tasks.dag import Choice
+
+
+def with_(tree: dict[str, Any], **changes: Any) -> dict[str, dag.Node]:
+    """The graph of a config with some values, given by `section__key=value`, changed."""
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        section = tree
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return dag.graph(parse(tree))
+
+
+def changed(before: dict[str, dag.Node], after: dict[str, dag.Node]) -> set[str]:
+    return {key for key in after if after[key] != before.get(key)}
+
+
+def model_folder(path: Path, *files: str) -> Path:
+    path.mkdir()
+    for name in files:
+        (path / name).write_text("{}")
+    return path
+
+
+def test_every_node_comes_after_what_it_reads(config: RunConfig) -> None:
+    seen: set[str] = set()
+    for key, node in dag.graph(config).items():
+        assert set(node.inputs.values()) <= seen, key
+        seen.add(key)
+
+
+def test_every_stage_has_its_code(config: RunConfig) -> None:
+    from tasks.stages import code_digest
+
+    digests = {node.stage: code_digest(node.roots) for node in dag.graph(config).values()}
+    assert set(digests) == set(dag.STAGES)
+    assert len(set(digests.values())) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"ppo__kl_coef": 0.2}, {"ppo"}),
+        ({"sft__epochs": 2}, {"sft"}),
+        ({"evaluate__prompts": 3}, {"evaluate"}),
+        ({"data__max_chars": 99}, {"clean:Dahoas/rm-static", "clean:stanfordnlp/SHP"}),
+        ({"data__phases": [1, 1, 1]}, {"split"}),
+        ({"data__demo": {"pairs": 300}}, {"demo"}),
+        ({"data__max_prompt_tokens": 99}, {"tokenise"}),
+        ({"promote__min_win_rate": 0.9}, set()),
+        ({"name": "other"}, set()),
+        ({"infrastructure": "one-gpu"}, set()),
+    ],
+)
+def test_a_change_touches_the_stages_that_it_is_about(
+    tree: dict[str, Any], change: dict[str, Any], keys: set[str]
+) -> None:
+    before = dag.graph(parse(tree))
+    assert changed(before, with_(tree, **change)) == keys
+
+
+def test_options_of_one_source_clean_only_that_source(tree: dict[str, Any]) -> None:
+    before = dag.graph(parse(tree))
+    tree["data"]["sources"]["stanfordnlp/SHP"] = {"max_rows": 5}
+    assert changed(before, dag.graph(parse(tree))) == {"clean:stanfordnlp/SHP"}
+
+
+def test_order_of_sources_counts_in_the_blend(tree: dict[str, Any]) -> None:
+    before = dag.graph(parse(tree))
+    tree["data"]["sources"] = dict(reversed(tree["data"]["sources"].items()))
+    assert changed(before, dag.graph(parse(tree))) == {"blend"}
+
+
+def test_a_changed_file_of_the_mirror_is_noticed(tree: dict[str, Any], tmp_path: Path) -> None:
+    for name in tree["data"]["sources"]:
+        (tmp_path / "hub" / name / "data").mkdir(parents=True)
+        (tmp_path / "hub" / name / "data" / "train-00000-of-00001.parquet").write_bytes(b"one")
+    tree["data"] |= {"demo": None, "hub": str(tmp_path / "hub")}
+    before = dag.graph(parse(tree))
+    assert changed(before, dag.graph(parse(tree))) == set()
+    file = tmp_path / "hub" / "stanfordnlp/SHP" / "data" / "train-00000-of-00001.parquet"
+    file.write_bytes(b"two")
+    os.utime(file, (1, 1))
+    assert changed(before, dag.graph(parse(tree))) == {"download:stanfordnlp/SHP"}
+
+
+def test_a_model_that_is_there_is_checked_before_any_data(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json")
+    graph = with_(tree, models__policy=str(folder))
+    assert next(iter(graph)) == "base"
+    assert graph["base"].inputs == {}
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert dag.graph(parse(tree))["base"] != graph["base"]
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (None, "there is no model folder"),
+        ((), "it has no config.json"),
+        (("config.json", "tokenizer_config.json"), "holds no tokenizer"),
+    ],
+)
+def test_model_folders_that_are_none(
+    tree: dict[str, Any], tmp_path: Path, files: tuple[str, ...] | None, sentence: str
+) -> None:
+    if files is not None:
+        model_folder(tmp_path / "model", *files)
+    with pytest.raises(ConfigError, match=f"^models.policy: .*{sentence}"):
+        with_(tree, models__policy=str(tmp_path / "model"))
+
+
+def test_tokenizer_files_are_those_that_data_preparation_loads() -> None:
+    from data_prep.sources import SOURCES
+    from data_prep.tokenizer import TOKENIZER_FILES
+
+    assert dag.TOKENIZER_FILES == TOKENIZER_FILES
+    assert tuple(SOURCES) == SIX_SETS
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"hub": "/nowhere"}, "data.hub: there is no folder /nowhere"),
+        ({"hub": "HERE"}, r"has no folder Dahoas/rm-static"),
+        ({"sources": {"Dahoas/rm-statik": {}}}, "did you mean Dahoas/rm-static"),
+        ({"sources": {"own": {"path": "/nowhere.jsonl"}}}, "data.sources.own.path: there is no file"),
+    ],
+)
+def test_local_input_that_is_not_there(
+    tree: dict[str, Any], tmp_path: Path, data: dict[str, Any], sentence: str
+) -> None:
+    (tmp_path / "hub").mkdir()
+    data = {key: str(tmp_path / "hub") if value == "HERE" else value for key, value in data.items()}
+    tree["data"] |= {"demo": None, **data}
+    with pytest.raises(ConfigError, match=sentence):
+        dag.graph(parse(tree))
+
+
+def test_reward_model_with_a_base_of_its_own(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json")
+    graph = with_(tree, models__reward=str(folder))
+    assert graph["reward"].inputs["base"] == "reward-base"
+    assert graph["reward-base"].stage == "base"
+    assert graph["ppo"].inputs["sft"] == "sft"
+
+
+def test_choice_from_a_step_forces_it_and_what_follows() -> None:
+    choice = Choice(from_step="reward")
+    assert [name for name in dag.STAGES if choice.forces(name)] == ["reward", "ppo", "evaluate"]
+    assert [name for name in dag.STAGES if choice.must_be_finished(name)][-1] == "sft"
+    assert [name for name in dag.STAGES if Choice(force="sft").forces(name)] == ["sft"]
+
+
+def test_until_is_reached_when_all_nodes_of_the_stage_are_done(config: RunConfig) -> None:
+    graph, choice = dag.graph(config), Choice(until="clean")
+    assert not choice.is_reached(graph, {"clean:Dahoas/rm-static"})
+    assert choice.is_reached(graph, {"clean:Dahoas/rm-static", "clean:stanfordnlp/SHP"})
+    assert not Choice().is_reached(graph, set(graph))
+    assert not Choice(until="register").is_reached(graph, set(graph))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"from_step": "sftt"}, "--from sftt: unknown step; did you mean sft"),
+        ({"force": "promote"}, "--force promote: unknown step"),
+        ({"from_step": "ppo", "until": "sft"}, "--until sft comes before --from ppo"),
+    ],
+)
+def test_choices_that_are_none(options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Choice(**options)
+
+
+def test_a_stage_that_the_run_has_not(tree: dict[str, Any]) -> None:
+    tree["data"] |= {"demo": None, "sources": {"own": {"path": __file__}}}
+    with pytest.raises(ConfigError, match="--until demo: this run has no such stage"):
+        Choice(until="demo").check(dag.graph(parse(tree)))

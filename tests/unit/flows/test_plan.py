@@ -1,0 +1,94 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import dag, plan
+from tasks.config import ConfigError, RunConfig, parse
+from tasks.dag import Choice
+from tasks.stages import StageRef
+
+ROOT = Path(__file__).parents[3]
+MakeAll = Callable[..., dict[str, StageRef]]
+
+
+def would_run(lines: list[plan.Line]) -> dict[str, str]:
+    return {line.key: line.why for line in lines if not line.cached}
+
+
+def test_nothing_is_made_yet(config: RunConfig) -> None:
+    lines = plan.plan(config)
+    assert would_run(lines)["demo"] == "not made yet"
+    assert would_run(lines)["ppo"] == "after reward"
+    assert len(would_run(lines)) == len(dag.graph(config))
+    assert not Path(config.workspace).exists()
+
+
+def test_all_is_cached_and_says_what_came_out(config: RunConfig, make_all: MakeAll) -> None:
+    make_all(config)
+    lines = plan.plan(config)
+    assert would_run(lines) == {}
+    assert {line.key: line.metrics for line in lines}["sft"] == {"made": "sft"}
+
+
+def test_a_changed_value_runs_its_stage_and_what_follows(tree: dict[str, Any], make_all: MakeAll) -> None:
+    make_all(parse(tree))
+    tree["ppo"] = {"kl_coef": 0.2}
+    assert would_run(plan.plan(parse(tree))) == {"ppo": "changed: ppo.kl_coef", "evaluate": "after ppo"}
+
+
+def test_a_damaged_file_is_found(config: RunConfig, make_all: MakeAll) -> None:
+    refs = make_all(config)
+    (refs["reward"].directory / "out.txt").write_text("something else")
+    assert would_run(plan.plan(config)) == {
+        "reward": "its files are damaged",
+        "ppo": "after reward",
+        "evaluate": "after ppo",
+    }
+
+
+def test_a_stage_that_was_interrupted_goes_on(config: RunConfig, make_all: MakeAll) -> None:
+    refs = make_all(config, until="reward")
+    stage = dag.stage(config, dag.graph(config)["ppo"], refs)
+    (stage.directory / "checkpoints").mkdir(parents=True)
+    assert would_run(plan.plan(config))["ppo"] == "was interrupted"
+    (stage.directory / "checkpoints" / "latest.json").write_text('{"step": 40}')
+    assert would_run(plan.plan(config))["ppo"] == "goes on from step 40"
+
+
+def test_choice_is_followed(config: RunConfig, make_all: MakeAll) -> None:
+    make_all(config)
+    assert would_run(plan.plan(config, Choice(force="reward")))["reward"] == "forced"
+    assert list(would_run(plan.plan(config, Choice(from_step="ppo")))) == ["ppo", "evaluate"]
+    assert [line.key for line in plan.plan(config, Choice(until="blend"))][-1] == "blend"
+
+
+def test_from_needs_all_before_it(config: RunConfig, make_all: MakeAll) -> None:
+    make_all(config, until="split")
+    plan.check_finished(config, Choice(from_step="split"))
+    with pytest.raises(ConfigError, match="not finished: base, tokenise, sft; run without --from"):
+        plan.check_finished(config, Choice(from_step="reward"))
+
+
+def test_stages_of_which_the_same_is_said_stand_together(config: RunConfig, make_all: MakeAll) -> None:
+    groups = plan.together(plan.plan(config))
+    assert [len(group) for group in groups if group[0].stage == "clean"] == [2]
+    refs = make_all(config)
+    (refs["clean:stanfordnlp/SHP"].directory / "out.txt").unlink()
+    groups = plan.together(plan.plan(config))
+    assert [len(group) for group in groups if group[0].stage == "clean"] == [1, 1]
+
+
+def test_a_plan_loads_nothing_heavy(tree: dict[str, Any]) -> None:
+    program = f"""
+import sys
+from tasks import plan
+from tasks.config import parse
+plan.plan(parse({tree!r}))
+print(sorted({{"torch", "prefect", "mlflow", "transformers", "datasets", "pandas"}} & set(sys.modules)))
+"""
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"

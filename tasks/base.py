@@ -13,7 +13,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from data_prep.conversation import HUMAN_ASSISTANT_TEMPLATE
 from data_prep.tables import iter_rows
@@ -101,7 +107,9 @@ def resolve(name: str, revision: str | None) -> Path:
             raise ValueError(f"{folder} is no model folder: it has no config.json; point models.policy at one that has")
         return folder.resolve()
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.gguf"]))
+        return Path(
+            snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.gguf"])
+        )
     except HFValidationError:
         raise ValueError(f"there is no folder {name}, and no model of the hub can be called so") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -229,7 +229,9 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _whole_batches(self) -> "PPOConfig":
         if self.rollout_batch_size % self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} does not divide rollout_batch_size {self.rollout_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide rollout_batch_size {self.rollout_batch_size}"
+            )
         return self
 
 

@@ -46,7 +46,8 @@ def run(job: Job) -> dict[str, Any]:
     reference = _policy(job.inputs["sft"], job, config) if "ppo" in names else None
     for place, (name, folder) in enumerate(names.items()):
         policy = _policy(folder, job, config)
-        columns = answers(job, config, tokenizer, policy, judge, reference, prompts, name, place / len(names), len(names))
+        told = Told(job, place, len(names), len(prompts))
+        columns = answers(job, config, tokenizer, policy, judge, reference, prompts, name, told)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
     write_rows(job.directory / ANSWERS, rows)
     return summary(rows, pair)
@@ -68,8 +69,7 @@ def answers(
     reference: Policy | None,
     prompts: Sequence[dict[str, Any]],
     name: str,
-    done: float,
-    models: int,
+    told: "Told",
 ) -> list[dict[str, Any]]:
     """A policy's answer to each prompt with what is measured of it, as columns `name`, `name_reward`, ..."""
     columns: list[dict[str, Any]] = []
@@ -85,8 +85,7 @@ def answers(
             generator,
         )
         columns += measure(job, config, tokenizer, judge, reference, part, rollout, name)
-        share = done + len(columns) / len(prompts) / models
-        job.progress(round(share * len(prompts)), len(prompts), {})
+        told(len(columns))
     return columns
 
 
@@ -102,9 +101,10 @@ def measure(
     name: str,
 ) -> list[dict[str, Any]]:
     """Text, reward, tokens, EOS, KL to the reference and (demo) true score of the answers of one batch."""
+    start = rollout.sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
     answer_ids = [
         tokens[mask].tolist()
-        for tokens, mask in zip(rollout.sequences.input_ids[:, -rollout.answer_mask.shape[1] :], rollout.answer_mask, strict=True)
+        for tokens, mask in zip(rollout.sequences.input_ids[:, start:], rollout.answer_mask, strict=True)
     ]
     whole = right_padded(
         [row["prompt"] + ids for row, ids in zip(part, answer_ids, strict=True)], tokenizer.pad_token_id, job.device
@@ -118,7 +118,6 @@ def measure(
             column[f"{name}_true_score"] = true_score(text_of(tokenizer, row["prompt"]), text)
         columns.append(column)
     if reference is not None:
-        start = rollout.sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
         logprobs = reference(rollout.sequences, start, config.sampling.temperature).logprobs
         kl = torch.where(rollout.answer_mask, rollout.logprobs - logprobs, 0.0).sum(1)
         columns = [column | {f"{name}_kl": float(value)} for column, value in zip(columns, kl, strict=True)]
@@ -145,6 +144,16 @@ def summary(rows: Sequence[dict[str, Any]], pair: tuple[str, str]) -> dict[str, 
                 if measured in ("reward", "true_score"):
                     result[f"{key}_std"] = float(values.std())
     return result
+
+
+class Told:
+    """Progress over the prompts of all models that answer."""
+
+    def __init__(self, job: Job, models_before: int, models: int, prompts: int) -> None:
+        self.job, self.before, self.total = job, models_before * prompts, models * prompts
+
+    def __call__(self, answered: int) -> None:
+        self.job.progress(self.before + answered, self.total, {})
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

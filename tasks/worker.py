@@ -24,7 +24,7 @@ import torch
 from infra.launch import report_progress
 from tasks.stages import RECORDS, write_json
 from tasks.training import checkpoint
-from tasks.training.job import Job, NotFinite, Stopped
+from tasks.training.job import Job, NotFiniteError, Stopped
 
 MODULES = {
     "base": "tasks.base",
@@ -52,7 +52,7 @@ def main() -> None:
         traceback.print_exc()
         leave(directory, "user", str(error))
         raise SystemExit(2) from None
-    except NotFinite as error:
+    except NotFiniteError as error:
         leave(directory, "nan", str(error))
         raise SystemExit(1) from None
     except torch.OutOfMemoryError as error:

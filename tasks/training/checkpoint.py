@@ -68,9 +68,7 @@ def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, An
         )
     damaged = [name for name, digest in latest["files"].items() if not _has_digest(target / name, digest)]
     if damaged:
-        raise ValueError(
-            f"the checkpoint {target} is damaged ({damaged[0]}); start the stage afresh with --force"
-        )
+        raise ValueError(f"the checkpoint {target} is damaged ({damaged[0]}); start the stage afresh with --force")
     barrier()
     for name, engine in engines.items():
         engine.load(target / name)

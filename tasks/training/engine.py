@@ -19,7 +19,6 @@ from tasks.training.ranks import all_sum, rank, world_size
 from tasks.training.types import Micro, StepReport
 
 
-
 class TrainEngine:
     """A DeepSpeed engine with an optimizer."""
 
@@ -28,7 +27,7 @@ class TrainEngine:
         self.device = device
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         return self.engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +78,7 @@ def start(device: str) -> torch.device:
 
 
 def train_engine(
-    model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, steps: int, device: torch.device, where: str
+    model: Any, config: EngineConfig, optimizer: OptimizerConfig, steps: int, device: torch.device, where: str
 ) -> TrainEngine:
     """A model under DeepSpeed with AdamW and a schedule of `steps` optimizer steps.
 
@@ -117,7 +116,7 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
     return engine
 
 
-def export(module: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Policy or ScalarModel as a plain Hugging Face folder (safetensors), from rank 0; all ranks must call it.
 
     Partitioned parameters are gathered one at a time, so no rank holds more than one whole tensor on its device.
@@ -151,7 +150,7 @@ def _adam(
         for parameters, decay in ((matrices, optimizer.weight_decay), (vectors, 0.0))
         if parameters
     ]
-    settings = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
+    settings: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
     if config.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         from deepspeed.ops.op_builder import CPUAdamBuilder

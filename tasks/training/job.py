@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  (not an error)
     """The stage was asked to stop and has written a checkpoint."""
 
     def __init__(self, step: int) -> None:
@@ -16,7 +16,7 @@ class Stopped(Exception):
         self.step = step
 
 
-class NotFinite(ArithmeticError):
+class NotFiniteError(ArithmeticError):
     """A loss or score that is no number; running on, or again, would not mend it."""
 
 

@@ -36,7 +36,7 @@ from tasks.training import checkpoint
 from tasks.training.advantages import explained_variance, gae, token_rewards, whiten
 from tasks.training.batches import at, batch_indices, check_batch, chunks, left_padded
 from tasks.training.engine import export, frozen_engine, train_engine
-from tasks.training.job import Job, NotFinite, Stopped
+from tasks.training.job import Job, NotFiniteError, Stopped
 from tasks.training.kl import kl_estimate
 from tasks.training.losses import policy_loss, value_loss
 from tasks.training.models import load_policy, load_scalar
@@ -54,7 +54,12 @@ class Actors:
         steps = config.steps * config.epochs * (config.rollout_batch_size // config.batch_size)
         device = job.device
         self.policy: Engine = train_engine(
-            load_policy(job.inputs["sft"]), config.policy_engine, config.policy_optimizer, steps, device, "ppo.policy_engine"
+            load_policy(job.inputs["sft"]),
+            config.policy_engine,
+            config.policy_optimizer,
+            steps,
+            device,
+            "ppo.policy_engine",
         )
         critic = load_scalar(job.inputs["reward"], self.pad)
         self.critic: Engine = train_engine(
@@ -144,7 +149,7 @@ def score(job: Job, config: PPOConfig, actors: Actors, rollout: Rollout) -> tupl
     logprobs, entropy, reference, values, rewards = (torch.cat(column) for column in zip(*parts, strict=True))
     scores = rewards - actors.score_mean
     if not bool(torch.isfinite(scores).all()):
-        raise NotFinite("the reward model gave a score that is no number; its training diverged, see stage reward")
+        raise NotFiniteError("the reward model gave a score that is no number; its training diverged, see stage reward")
     penalised = scores if config.reward_clip is None else scores.clamp(-config.reward_clip, config.reward_clip)
     penalised = penalised - config.missing_eos_penalty * (~rollout.ended).float()
     kl = torch.where(mask, kl_estimate(logprobs, reference, config.kl_estimator), 0.0)
@@ -165,10 +170,14 @@ def score(job: Job, config: PPOConfig, actors: Actors, rollout: Rollout) -> tupl
     variance = per_sequence.pop("ppo/reward_squared") - per_sequence["ppo/reward"] ** 2
     gap = torch.where(mask, (logprobs - rollout.logprobs).abs(), 0.0)
     per_token = _means_of_tokens({"ppo/entropy": entropy, "rollout/logprob_gap": gap}, mask)
-    metrics = per_sequence | per_token | {
-        "ppo/reward_std": math.sqrt(max(variance, 0.0)),
-        "ppo/explained_variance": explained_variance(values, returns, mask, all_sum),
-    }
+    metrics = (
+        per_sequence
+        | per_token
+        | {
+            "ppo/reward_std": math.sqrt(max(variance, 0.0)),
+            "ppo/explained_variance": explained_variance(values, returns, mask, all_sum),
+        }
+    )
     return Experience(rollout.sequences, mask, logprobs, values, advantages, returns), metrics
 
 
@@ -220,7 +229,7 @@ def _optimizer_steps(config: PPOConfig, actors: Actors, micro_batches: list[Expe
     totals = all_sum(torch.stack([torch.stack(values).sum() for values in sums.values()]))
     means = {name: float(total / all_sum(tokens)) for name, total in zip(sums, totals, strict=True)}
     if not all(math.isfinite(value) for value in means.values()):
-        raise NotFinite(
+        raise NotFiniteError(
             "a loss of PPO is no number; lower ppo.policy_optimizer.learning_rate and "
             "ppo.critic_optimizer.learning_rate, or use precision bf16 or fp32"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from tasks.config import TrainConfig
 from tasks.training import checkpoint
 from tasks.training.batches import batch_indices, check_batch, chunks
-from tasks.training.job import Job, NotFinite, Stopped
+from tasks.training.job import Job, NotFiniteError, Stopped
 from tasks.training.ranks import all_sum, any_rank
 from tasks.training.types import Engine, Micro
 
@@ -43,7 +43,7 @@ def fit(
         loss_of: batch -> the sum of its losses, scalar.
         weight_of: batch -> what that sum is divided by (its tokens, or the weights of its pairs), scalar.
 
-    Raises Stopped after a checkpoint when asked to stop, NotFinite when the loss is no number.
+    Raises Stopped after a checkpoint when asked to stop, NotFiniteError when the loss is no number.
     """
     steps = steps_of(config, len(table), job.stage)
     resumed = checkpoint.load(job.checkpoints, {"model": engine})
@@ -81,7 +81,7 @@ def _step(
     report = engine.optimizer_step(batches, loss, float(weight))
     mean = float(all_sum(torch.stack(losses).sum()) / all_sum(weight))
     if not math.isfinite(mean):
-        raise NotFinite(
+        raise NotFiniteError(
             f"the loss of {job.stage} became {mean} ; lower {job.stage}.optimizer.learning_rate, "
             "or use precision bf16 or fp32"
         )

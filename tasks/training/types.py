@@ -6,8 +6,8 @@ Shape legend
     R  longest answer of the batch, in tokens; answers are padded on the right
     T  P + R, or the longest whole sequence where prompt and answer are not told apart
     V  vocabulary
-Token at answer position r was chosen in the state before it, which is position P + r - 1 of the sequence: log-probability,
-value, reward and advantage of that action all stand at index r.
+Token at answer position r was chosen in the state before it, which is position P + r - 1 of the sequence: the
+log-probability, value, reward and advantage of that action all stand at index r.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Micro = TypeVar("Micro")
 
@@ -98,8 +98,11 @@ class StepReport(NamedTuple):
 class Engine(Protocol):
     """What a training loop needs of an engine."""
 
-    module: nn.Module
     device: torch.device
+
+    @property
+    def module(self) -> Any:
+        """The network inside (Policy or ScalarModel)."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -89,3 +89,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = TINY | {"workspace": str(folder / "workspace")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     return folder
+
+
+@pytest.fixture(scope="module")
+def rlhf(folder: Path) -> Callable[..., Command]:
+    """(command, options, api=address) -> the command on tiny.yaml; without an address it starts a server of its own."""
+
+    def start(command: str, *options: str, api: str = "") -> Command:
+        return Command([command, str(folder / "tiny.yaml"), *options], {"PREFECT_API_URL": api})
+
+    return start

@@ -31,7 +31,8 @@ def test_gae_with_lambda_zero_is_the_one_step_error():
     rewards, values = torch.tensor([[0.0, 0, 1, 0]]), torch.tensor([[0.0, 1, 2, 3]])
     advantages, _ = gae(rewards, values, torch.ones(1, 4, dtype=torch.bool), gamma=0.5, lam=0.0)
     assert advantages.tolist() == [[0.5, 0.0, 0.5, -3.0]]
-    terminal = gae(torch.tensor([[0.0, 0, 5]]), torch.tensor([[1.0, 2, 3]]), torch.ones(1, 3, dtype=torch.bool), 1.0, 0.0)
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    terminal = gae(torch.tensor([[0.0, 0, 5]]), torch.tensor([[1.0, 2, 3]]), everything, 1.0, 0.0)
     assert terminal[0].tolist() == [[1.0, 1.0, 2.0]]
 
 
@@ -146,7 +147,8 @@ def test_policy_loss_of_the_sampling_policy_has_ratio_one_and_the_policy_gradien
 
 def test_masked_garbage_gives_no_gradient():
     logprobs = torch.tensor([[-1.0, 400.0]], requires_grad=True)
-    loss, _ = policy_loss(logprobs, torch.tensor([[-1.0, -400.0]]), torch.tensor([[1.0, NAN]]), torch.tensor([[True, False]]), 0.2)
+    old, advantages = torch.tensor([[-1.0, -400.0]]), torch.tensor([[1.0, NAN]])
+    loss, _ = policy_loss(logprobs, old, advantages, torch.tensor([[True, False]]), 0.2)
     loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [[-1.0, 0.0]]
@@ -165,7 +167,8 @@ def test_token_mean_over_the_batch_is_not_the_mean_of_micro_batch_means():
     logprobs = torch.zeros(2, 3)
     advantages = torch.tensor([[1.0, 0, 0], [-1.0, -1, -1]])
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=torch.bool)
-    sums = [policy_loss(logprobs[i : i + 1], logprobs[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 0.2)[0] for i in (0, 1)]
+    rows = [slice(0, 1), slice(1, 2)]
+    sums = [policy_loss(logprobs[row], logprobs[row], advantages[row], mask[row], 0.2)[0] for row in rows]
     assert (sum(sums) / mask.sum()).item() == pytest.approx(0.5)
 
 

@@ -1,0 +1,42 @@
+# Every target makes its own .venv; nothing outside this folder is installed.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export DO_NOT_TRACK := 1
+
+.PHONY: install demo test test-all check lint gpu-test clean
+
+install: .venv/installed
+
+# pip, because a range such as torch>=2.11 is then met by a torch that is already at hand.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/rlhf run infra/runs/demo.yaml
+
+test: install
+	$(BIN)/pytest -q -m "not slow and not gpu" tests
+
+test-all: install
+	$(BIN)/pytest -q -m "not gpu" tests
+
+gpu-test: install
+	$(BIN)/pytest -q -m gpu tests
+
+check: install
+	$(BIN)/pip check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The same, mending what can be mended.
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv workspace

@@ -39,11 +39,22 @@ class TrainEngine:
         # DeepSpeed averages gradients over ranks; a mean over the whole batch needs their sum over its denominator.
         scale = world_size() / float(all_sum(torch.tensor(denominator, dtype=torch.float64, device=self.device)))
         learning_rate = self.engine.get_lr()[0]
+        norm = 0.0
         for index, micro_batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            last = index == len(micro_batches) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(loss_of(micro_batch) * scale, scale_wrt_gas=False)
+            if last:
+                norm = self._plain_grad_norm()
             self.engine.step()
-        return StepReport(float(self.engine.get_global_grad_norm() or 0.0), learning_rate)
+        return StepReport(float(self.engine.get_global_grad_norm() or norm), learning_rate)
+
+    def _plain_grad_norm(self) -> float:
+        """The norm of whole fp32 gradients: without ZeRO and mixed precision DeepSpeed clips by it but does not tell."""
+        if self.engine.zero_optimization() or self.engine.bfloat16_enabled() or self.engine.fp16_enabled():
+            return 0.0
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def save(self, folder: Path) -> None:
         """Write the engine's part of a checkpoint (parameters, optimizer, schedule) into `folder`."""

@@ -25,7 +25,7 @@ from data_prep.conversation import HUMAN_ASSISTANT_TEMPLATE
 from data_prep.tables import iter_rows
 from data_prep.tokenizer import check_eos, load_tokenizer
 from tasks.config import TinyModel
-from tasks.stages import write_json
+from tasks.stages import file_digests, write_json
 from tasks.training.job import Job
 
 PAD, EOS = "<|pad|>", "<|end|>"
@@ -132,5 +132,7 @@ def use_folder(folder: Path, out: Path) -> dict[str, Any]:
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
     else:
-        write_json(out / "base.json", {"model": str(folder)})
+        # The weights' digests are a part of what this stage came to: its readers run again when a weight changes.
+        digests = {name: entry["sha256"] for name, entry in file_digests(folder).items()}
+        write_json(out / "base.json", {"model": str(folder), "files": digests})
     return {"vocabulary": len(tokenizer)}

@@ -50,7 +50,7 @@ class TrainEngine:
         return StepReport(float(self.engine.get_global_grad_norm() or norm), learning_rate)
 
     def _plain_grad_norm(self) -> float:
-        """The norm of whole fp32 gradients: without ZeRO and mixed precision DeepSpeed clips by it but does not tell."""
+        """The norm of whole fp32 gradients, by which DeepSpeed clips without ZeRO but which it does not tell."""
         if self.engine.zero_optimization() or self.engine.bfloat16_enabled() or self.engine.fp16_enabled():
             return 0.0
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]

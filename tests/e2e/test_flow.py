@@ -22,7 +22,7 @@ from tasks.stages import read_manifest
 Rlhf = Callable[..., Any]
 SOURCES = 6
 STAGES = 3 + 2 * SOURCES + 6  # demo, blend, split; download and clean; base, tokenise, sft, reward, ppo, evaluate
-NEW_PPO = ("--set", "ppo.kl_coef=0.2", "--set", "ppo.steps=30")
+NEW_PPO = ("--set", "ppo.kl_coef=0.2", "--set", "ppo.steps=15")
 STRICT = ("--set", "promote.min_win_rate=0.99")
 
 
@@ -185,8 +185,8 @@ def test_the_next_run_goes_on_and_makes_only_ppo_and_what_follows(resumed: Any, 
     new = Counter(name.partition("/")[0] for name in set(manifests(folder)) - set(written))
     assert new == {"ppo": 1, "evaluate": 1, "compare": 1, "register": 1}
     rows = [json.loads(line) for line in (interrupted[1] / "records" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 31))
-    assert 0 < step < 30
+    assert [row["step"] for row in rows] == list(range(1, 16))
+    assert 0 < step < 15
     assert ended.left == []
 
 

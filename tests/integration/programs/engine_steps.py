@@ -1,0 +1,108 @@
+"""Three optimizer steps of a tiny Llama; stage -1 is plain torch. Run by test_engine.py, once per rank."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tasks.config import EngineConfig, OptimizerConfig
+from tasks.training import checkpoint, engine
+from tasks.training.batches import batch_indices, chunks, language_batch
+from tasks.training.losses import language_loss
+from tasks.training.models import Policy
+from tasks.training.ranks import all_sum, rank
+
+STEPS = 3
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=0.5)
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("stage", type=int)
+    parser.add_argument("micro", type=int)
+    parser.add_argument("--until", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    policy = Policy(LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **SHAPE)))
+    draw = torch.Generator().manual_seed(1)
+    rows = [
+        {"prompt": torch.randint(50, (3,), generator=draw).tolist(), "answer": torch.randint(50, (2 + n % 5,)).tolist()}
+        for n in range(24)
+    ]
+    if arguments.stage < 0:
+        result = plain_torch(policy, rows)
+    else:
+        result = with_deepspeed(policy, rows, arguments)
+    if rank() == 0:
+        (arguments.out / "result.json").write_text(json.dumps(result))
+
+
+def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) -> dict:
+    device = engine.start("cpu")
+    config = EngineConfig(zero_stage=arguments.stage, precision="fp32")
+    trained = engine.train_engine(policy, config, OPTIMIZER, STEPS, device, "engine")
+    resumed = checkpoint.load(arguments.out / "checkpoints", {"model": trained})
+    first = resumed[0] if resumed else 0
+    losses, norms = [], []
+    for step in range(first, arguments.until):
+        own = [rows[index] for index in batch_indices(step, len(rows), 8, seed=0)]
+        batches = [language_batch(part, 0, device) for part in chunks(own, arguments.micro)]
+        sums: list[torch.Tensor] = []
+
+        def loss_of(batch, sums=sums):
+            sums.append(loss(trained, batch))
+            return sums[-1]
+
+        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        norms.append(trained.optimizer_step(batches, loss_of, tokens).grad_norm)
+        total = all_sum(torch.tensor([float(sum(s.detach() for s in sums)), float(tokens)]))
+        losses.append(float(total[0] / total[1]))
+    if arguments.until < STEPS:
+        checkpoint.save(arguments.out / "checkpoints", arguments.until, {"model": trained}, {})
+        return {}
+    state = weights(trained, arguments.stage)
+    return {"losses": losses, "norms": norms, "first_step": first, "weights": state}
+
+
+def weights(trained: engine.TrainEngine, stage: int) -> list[list[float]]:
+    """Every parameter, whole, as exact numbers."""
+    import deepspeed
+
+    whole = []
+    for parameter in trained.module.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            whole.append(parameter.detach().double().flatten().tolist())
+    return whole
+
+
+def plain_torch(policy: Policy, rows: list) -> dict:
+    decayed = [p for p in policy.parameters() if p.ndim >= 2]
+    others = [p for p in policy.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1e-2, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS)).item())
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        own = [rows[index] for index in batch_indices(step, len(rows), 8, seed=0)]
+        batch = language_batch(own, 0, torch.device("cpu"))
+        mean = loss(policy, batch) / batch.loss_mask.sum()
+        mean.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)))
+        adam.step()
+        schedule.step()
+        adam.zero_grad()
+        losses.append(float(mean.detach()))
+    return {"losses": losses, "norms": norms}
+
+
+def loss(model, batch) -> torch.Tensor:
+    return language_loss(model(batch.sequences, start=1).logprobs, batch.loss_mask[:, 1:])
+
+
+main()

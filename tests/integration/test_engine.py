@@ -1,0 +1,61 @@
+"""DeepSpeed engines against plain torch: one optimizer batch is one gradient, however it is cut up and shared."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "programs" / "engine_steps.py"
+
+
+def run_steps(out: Path, processes: int, stage: int, micro: int, extra: list[str] | None = None) -> dict:
+    """Three optimizer steps of batches of 8 in a process (group) of its own -> its losses, norms and weight digest."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(PROGRAM), str(out), str(stage), str(micro), *(extra or [])]
+        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs[0][-3000:]
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The same three steps by plain torch, one batch of 8, no DeepSpeed."""
+    return run_steps(tmp_path_factory.mktemp("plain"), 1, -1, 8)
+
+
+@pytest.mark.parametrize(
+    ("processes", "stage", "micro"), [(1, 0, 8), (1, 0, 1), (1, 2, 3), (2, 2, 2), (2, 3, 4)], ids=str
+)
+def test_every_cut_of_the_batch_gives_the_losses_of_plain_torch(tmp_path, plain, processes, stage, micro):
+    result = run_steps(tmp_path, processes, stage, micro)
+    assert result["losses"] == pytest.approx(plain["losses"], abs=2e-5)
+    assert result["norms"] == pytest.approx(plain["norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 2), (2, 3)], ids=str)
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, processes, stage):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    undisturbed = run_steps(whole, processes, stage, 2)
+    run_steps(parts, processes, stage, 2, ["--until", "2"])
+    resumed = run_steps(parts, processes, stage, 2)
+    assert resumed["first_step"] == 2
+    assert resumed["weights"] == undisturbed["weights"]

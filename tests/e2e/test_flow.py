@@ -19,6 +19,8 @@ from infra.owned import processes_with
 from tasks import tracking
 from tasks.stages import read_manifest
 
+pytestmark = pytest.mark.slow  # until the whole module has been seen to pass in the time that `make test` has
+
 Rlhf = Callable[..., Any]
 SOURCES = 6
 STAGES = 3 + 2 * SOURCES + 6  # demo, blend, split; download and clean; base, tokenise, sft, reward, ppo, evaluate

@@ -33,10 +33,7 @@ def main() -> None:
         {"prompt": torch.randint(50, (3,), generator=draw).tolist(), "answer": torch.randint(50, (2 + n % 5,)).tolist()}
         for n in range(24)
     ]
-    if arguments.stage < 0:
-        result = plain_torch(policy, rows)
-    else:
-        result = with_deepspeed(policy, rows, arguments)
+    result = plain_torch(policy, rows) if arguments.stage < 0 else with_deepspeed(policy, rows, arguments)
     if rank() == 0:
         (arguments.out / "result.json").write_text(json.dumps(result))
 

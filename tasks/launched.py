@@ -89,7 +89,7 @@ def run_worker(
         "config": dict(stage.config),
         "inputs": {role: ref.path for role, ref in stage.inputs.items()},
         "device": infrastructure.device,
-        "tracking": track,
+        "tracking": {"run_id": track["run_id"]} if track else None,
     }
     write_json(records / "config.json", settings)
     before = _checkpoint(directory)
@@ -98,6 +98,8 @@ def run_worker(
         [stage.name, str(directory)],
         log=records / LOG,
         launch=infrastructure.launch(),
+        # By the environment: an address may hold a password, and config.json is a record that stays.
+        env={"RLHF_TRACKING_URI": track["uri"]} if track else {},
         cwd=REPO,
         on_progress=lambda told: on_progress(told["step"], told["total"], told["metrics"]),
     )

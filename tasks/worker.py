@@ -158,7 +158,7 @@ def open_tracker(tracking: Mapping[str, str] | None) -> Any:
         return None
     from tasks.tracking import Tracker
 
-    return Tracker(tracking["uri"], tracking["run_id"])
+    return Tracker(os.environ["RLHF_TRACKING_URI"], tracking["run_id"])
 
 
 def is_first_rank() -> bool:

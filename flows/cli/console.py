@@ -24,7 +24,7 @@ class RunDisplay:
     """The progress of a run: bars for the steps that run, a line for each that is done. A `tasks.watch.Watcher`."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._progress = Progress(
             SpinnerColumn(),
@@ -33,8 +33,7 @@ class RunDisplay:
             TextColumn("{task.fields[place]}"),
             TextColumn("[dim]{task.fields[metrics]}"),
             TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[left]}"),
             console=console,
             transient=True,
         )
@@ -59,7 +58,7 @@ class RunDisplay:
     def started(self, step: str) -> None:
         with self._lock:
             if step not in self._bars:
-                self._bars[step] = self._progress.add_task(title(step), total=None, place="", metrics="")
+                self._bars[step] = self._progress.add_task(title(step), total=None, place="", metrics="", left="")
 
     def ended(self, step: str) -> None:
         """Takes a step's bar away."""
@@ -71,7 +70,11 @@ class RunDisplay:
         self.started(step)
         shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
         place = f"{done}/{total}"
-        self._progress.update(self._bars[step], completed=done, total=total, place=place, metrics=shown)
+        bar = self._bars[step]
+        self._progress.update(bar, completed=done, total=total, place=place, metrics=shown)
+        seconds = next((task.time_remaining for task in self._progress.tasks if task.id == bar), None)
+        if seconds is not None:
+            self._progress.update(bar, left=f"{duration(seconds)} left")
         now = time.monotonic()
         if not console.is_terminal and now - self._printed.setdefault(step, now) >= SECONDS_BETWEEN_LINES:
             self._printed[step] = now

@@ -92,6 +92,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def command() -> Callable[..., Command]:
+    """(arguments) -> `rlhf` with these, where no Prefect server is configured."""
+    return lambda *arguments: Command(list(arguments), {"PREFECT_API_URL": ""})
+
+
+@pytest.fixture(scope="module")
 def rlhf(folder: Path) -> Callable[..., Command]:
     """(command, options, api=address) -> the command on tiny.yaml; without an address it starts a server of its own."""
 

@@ -89,7 +89,12 @@ def test_the_worker_is_told_all_and_its_report_is_kept(
     def worker(module: str, arguments: list[str], **options: Any) -> Outcome:
         records = Path(arguments[1]) / RECORDS
         assert not (records / "outcome.json").exists()
-        given.update(json.loads((records / "config.json").read_text()), module=module, stage_argument=arguments[0])
+        given.update(
+            json.loads((records / "config.json").read_text()),
+            module=module,
+            stage_argument=arguments[0],
+            env=options["env"],
+        )
         options["on_progress"]({"step": 1, "total": 2, "metrics": {"loss": 0.5}})
         (records / "report.json").write_text('{"perplexity": 2.5}')
         return ended(0)
@@ -107,9 +112,10 @@ def test_the_worker_is_told_all_and_its_report_is_kept(
         "config": {"seed": 3},
         "inputs": {"data": str(tmp_path / "tokenise")},
         "device": "cpu",
-        "tracking": {"uri": STORE.uri, "run_id": "run-1"},
+        "tracking": {"run_id": "run-1"},
         "module": "tasks.worker",
         "stage_argument": "sft",
+        "env": {"RLHF_TRACKING_URI": STORE.uri},
     }
     assert ref.metrics == {"perplexity": 2.5}
     assert heard == [(1, 2, {"loss": 0.5})]

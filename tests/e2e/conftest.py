@@ -69,7 +69,7 @@ class Command:
             time.sleep(0.05)
         return found
 
-    def end(self, seconds: float = 200) -> Ended:
+    def end(self, seconds: float = 400) -> Ended:
         """Waits until the command ends by itself."""
         try:
             output, _ = self.process.communicate(timeout=seconds)

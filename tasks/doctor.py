@@ -19,6 +19,7 @@ from typing import Literal
 from infra import servers
 from infra.machine import cores, gpu_count
 from tasks.config import SIX_SETS
+from tasks.tracking import redacted
 
 LEAST_FREE_GIB = 5.0
 SECONDS_TO_ANSWER = 5.0
@@ -119,10 +120,10 @@ def mlflow(workspace: Path) -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and uri.startswith(("http://", "https://")):
         if servers.healthy(f"{uri.rstrip('/')}/health"):
-            return Finding("ok", f"{version}, server {_plain(uri)}")
-        return Finding("bad", f"{_plain(uri)} does not answer; start it, correct MLFLOW_TRACKING_URI, or unset it")
+            return Finding("ok", f"{version}, server {redacted(uri)}")
+        return Finding("bad", f"{redacted(uri)} does not answer; start it, correct MLFLOW_TRACKING_URI, or unset it")
     if uri and not uri.startswith("sqlite:"):
-        return Finding("note", f"{version}, store {_plain(uri)}, not checked")
+        return Finding("note", f"{version}, store {redacted(uri)}, not checked")
     database = Path(uri.removeprefix("sqlite:///")) if uri else workspace / "mlflow.db"
     if not database.exists():
         return Finding("ok", f"{version}; a run makes its store {database}")
@@ -178,12 +179,6 @@ def disk(workspace: Path) -> Finding:
 
 def _beside_python(name: str) -> bool:
     return (Path(sys.executable).parent / name).exists()
-
-
-def _plain(uri: str) -> str:
-    """An address without a password."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def _last_line(text: str) -> str:

@@ -15,7 +15,7 @@ from infra import launch
 from infra.gpu import GpuInfrastructure
 from tasks import stages, tracking
 from tasks.config import ConfigError
-from tasks.stages import RECORDS, REPO, Stage, StageRef, write_json
+from tasks.stages import RECORDS, REPO, Stage, StageRef, checkpoint_step, write_json
 
 LOG = "worker.log"
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -92,7 +92,7 @@ def run_worker(
         "tracking": {"run_id": track["run_id"]} if track else None,
     }
     write_json(records / "config.json", settings)
-    before = _checkpoint(directory)
+    before = checkpoint_step(directory)
     outcome = launch.run(
         "tasks.worker",
         [stage.name, str(directory)],
@@ -106,7 +106,7 @@ def run_worker(
     report = _read(records / "report.json")
     if outcome.exit_code == 0 and report is not None:
         return report
-    further = _checkpoint(directory) != before
+    further = checkpoint_step(directory) != before
     raise failure(stage.name, outcome, _read(records / "outcome.json"), records / LOG, further)
 
 
@@ -135,11 +135,6 @@ def _how_it_died(outcome: launch.Outcome) -> str:
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}; the end of its log: {last}"
     return f"ended with exit code {outcome.exit_code} and no reason; the end of its log: {last}"
-
-
-def _checkpoint(directory: Path) -> Any:
-    """What the newest checkpoint is; None where there is none."""
-    return _read(directory / stages.CHECKPOINTS / "latest.json")
 
 
 def _read(path: Path) -> Any:

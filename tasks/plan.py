@@ -12,7 +12,7 @@ from typing import Any
 from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice, Node
-from tasks.stages import CHECKPOINTS, MANIFEST, Stage, StageRef
+from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _why(stage: Stage, node: Node) -> str:
     directory = stage.directory
     if (directory / MANIFEST).exists():
         return "its files are damaged"
-    if node.resumable and (step := _checkpoint(directory)) is not None:
+    if node.resumable and (step := checkpoint_step(directory)) is not None:
         return f"goes on from step {step}"
     if directory.exists():
         return "was interrupted"
@@ -119,10 +119,3 @@ def _changed_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
             name for key in keys for name in _changed_keys(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         }
     return set() if json.dumps(old) == json.dumps(new) else {prefix}
-
-
-def _checkpoint(directory: Path) -> int | None:
-    try:
-        return int(json.loads((directory / CHECKPOINTS / "latest.json").read_text())["step"])
-    except (OSError, ValueError, KeyError):
-        return None

@@ -127,6 +127,14 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "files" in manifest else None
 
 
+def checkpoint_step(directory: Path) -> int | None:
+    """The step of the newest checkpoint in a stage directory, None where there is none (or a damaged pointer)."""
+    try:
+        return int(json.loads((directory / CHECKPOINTS / "latest.json").read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def code_digest(roots: Sequence[str]) -> str:
     """Digest of the project modules that `roots` import, directly or not, without their comments and docstrings.
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from infra.launch import report_progress
-from tasks.stages import RECORDS, write_json
-from tasks.training import checkpoint
+from infra.launch import STOPPED, report_progress
+from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
 
 MODULES = {
@@ -36,7 +35,6 @@ MODULES = {
 }
 MODELS = ("base", "sft", "reward", "ppo", "champion")
 """Inputs that are models: the stages get the Hugging Face folder inside."""
-STOPPED = 75
 SECONDS_BETWEEN_PROGRESS = 0.5
 
 
@@ -72,7 +70,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     spec = json.loads((directory / RECORDS / "config.json").read_text())
     module = importlib.import_module(MODULES[stage])
     device = start(spec["device"], distributed=stage in ("sft", "reward", "ppo"))
-    rows = MetricRows(directory, checkpoint.latest_step(directory / "checkpoints") or 0)
+    rows = MetricRows(directory, checkpoint_step(directory) or 0)
     tracker = open_tracker(spec["tracking"])
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -103,12 +101,12 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
 def start(device: str, distributed: bool) -> torch.device:
     """This process's device; with `distributed` also its process group and DeepSpeed."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this run wants a GPU, but torch sees none here; use `infrastructure: local-cpu`")
     if distributed:
         from tasks.training import engine
 
         return engine.start(device)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("this run wants a GPU, but torch sees none here; use `infrastructure: local-cpu`")
     return torch.device(device)
 
 

@@ -34,12 +34,15 @@ def batch_indices(step: int, rows: int, batch_size: int, seed: int) -> list[int]
     return order[begin : begin + share].tolist()
 
 
-def check_batch(batch_size: int, rows: int, where: str) -> None:
-    """ValueError with the mend if `rows` make no batch, or the batch cannot be shared by all ranks."""
+def check_batch(batch_size: int, rows: int, key: str) -> None:
+    """ValueError with the mend if `rows` make no batch, or the batch cannot be shared by all ranks.
+
+    `key` is where the config sets the batch size.
+    """
     if rows < batch_size:
-        raise ValueError(f"{where}.batch_size is {batch_size}, but there are only {rows} rows; lower it or add data")
+        raise ValueError(f"{key} is {batch_size}, but there are only {rows} rows; lower it or add data")
     if batch_size % world_size():
-        raise ValueError(f"{where}.batch_size {batch_size} is no multiple of the {world_size()} processes")
+        raise ValueError(f"{key} {batch_size} is no multiple of the {world_size()} processes")
 
 
 def chunks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

@@ -77,13 +77,6 @@ def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, An
     return latest["step"], own["state"]
 
 
-def latest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint, None where there is none."""
-    if not (folder / LATEST).exists():
-        return None
-    return json.loads((folder / LATEST).read_text())["step"]
-
-
 def _point(folder: Path, step: int, target: Path) -> None:
     files = sorted(path for path in target.rglob("*") if path.is_file())
     for path in files:

@@ -80,8 +80,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train; writes `model/` (the policy) and `critic/`. Returns the stage's metrics."""
     config = PPOConfig.model_validate(job.config["ppo"])
     prompts = read_table(job.inputs["data"] / "ppo-train.arrow")
-    check_batch(config.rollout_batch_size, len(prompts), "ppo.rollout")
-    check_batch(config.batch_size, len(prompts), "ppo")
+    check_batch(config.rollout_batch_size, len(prompts), "ppo.rollout_batch_size")
+    check_batch(config.batch_size, len(prompts), "ppo.batch_size")
     actors = Actors(job, config)
     resumed = checkpoint.load(job.checkpoints, actors.trained)
     begin, history = (resumed[0], resumed[1]["history"]) if resumed else (0, [])

@@ -21,8 +21,8 @@ from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
 from tasks.training.losses import pairwise_loss
 from tasks.training.models import SCORE_MEAN, load_scalar
-from tasks.training.ranks import gather_rows, rank, world_size
-from tasks.training.supervised import fit, steps_of
+from tasks.training.ranks import gather_rows
+from tasks.training.supervised import fit, own_share, steps_of
 from tasks.training.types import Engine, PairBatch
 
 
@@ -55,15 +55,14 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: RewardConfig) -> dict[str, Any]:
     """Loss, accuracy with ties as half, and the accuracy of preferring the longer answer, whole and per source."""
     engine.module.eval()
-    rows = table.select(range(rank(), len(table), world_size())).to_list()
-    share = math.ceil(len(table) / world_size())  # as many forward passes on every rank, see sft.evaluate
+    rows, own = own_share(table)
     results = []
-    for part in chunks((rows + table.select([0]).to_list())[:share], config.micro_batch_size):
+    for part in chunks(rows, config.micro_batch_size):
         batch = collate(part)
         chosen, rejected = at(engine(batch.sequences), batch.last).chunk(2)
         results += [_result(row, float(c), float(r)) for row, c, r in zip(part, chosen, rejected, strict=True)]
     engine.module.train()
-    return _summary(gather_rows(results[: len(rows)]))
+    return _summary(gather_rows(results[:own]))
 
 
 def _result(row: dict[str, Any], chosen: float, rejected: float) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
 from tasks.training.losses import language_loss
 from tasks.training.models import load_policy
-from tasks.training.ranks import gather_rows, rank, world_size
-from tasks.training.supervised import fit, steps_of
+from tasks.training.ranks import gather_rows
+from tasks.training.supervised import fit, own_share, steps_of
 from tasks.training.types import Engine, LanguageBatch
 
 
@@ -51,12 +51,9 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: SFTConfig) -> dict[str, Any]:
     """Loss in nats per answer token and perplexity over held-out rows, whole and per source."""
     engine.module.eval()
-    rows = table.select(range(rank(), len(table), world_size())).to_list()
-    # Under ZeRO-3 every rank must make as many forward passes: the shares differ by one row at most, so pad with one.
-    share = math.ceil(len(table) / world_size())
-    parts = list(chunks((rows + table.select([0]).to_list())[:share], config.micro_batch_size))
+    rows, own = own_share(table)
     sums = []
-    for part in parts:
+    for part in chunks(rows, config.micro_batch_size):
         batch = collate(part)
         logprobs = engine(batch.sequences, start=1).logprobs
         mask = batch.loss_mask[:, 1:]
@@ -66,7 +63,7 @@ def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: SFTC
             for row, value, count in zip(part, nll, mask.sum(1), strict=True)
         ]
     engine.module.train()
-    return _summary(gather_rows(sums[: len(rows)]))
+    return _summary(gather_rows(sums[:own]))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tasks.config import TrainConfig
 from tasks.training import checkpoint
 from tasks.training.batches import batch_indices, check_batch, chunks
 from tasks.training.job import Job, NotFiniteError, Stopped
-from tasks.training.ranks import all_sum, any_rank
+from tasks.training.ranks import all_sum, any_rank, rank, world_size
 from tasks.training.types import Engine, Micro
 
 Rows = Sequence[Mapping[str, Any]]
@@ -21,9 +21,20 @@ Rows = Sequence[Mapping[str, Any]]
 
 def steps_of(config: TrainConfig, rows: int, where: str) -> int:
     """Optimizer steps of a stage. Raises ValueError if the rows make no batch."""
-    check_batch(config.batch_size, rows, where)
+    check_batch(config.batch_size, rows, f"{where}.batch_size")
     steps = config.epochs * (rows // config.batch_size)
     return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def own_share(table: datasets.Dataset) -> tuple[list[dict[str, Any]], int]:
+    """This rank's rows of a held-out table, and how many of them count.
+
+    Under ZeRO-3 every rank must make as many forward passes; shares differ by one row at most, so a shorter one is
+    filled up with a row that does not count.
+    """
+    rows = table.select(range(rank(), len(table), world_size())).to_list()
+    share = math.ceil(len(table) / world_size())
+    return (rows + table.select([0]).to_list())[:share], len(rows)
 
 
 def fit(

@@ -1,6 +1,7 @@
 """Shared by all tests: a Prefect server for those that ask for it, and an environment that is no user's."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         patch.setenv("PREFECT_HOME", str(home))
         patch.setenv("DO_NOT_TRACK", "1")
         yield home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that: no Ctrl-C would reach them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from data_prep.demo_language import topic_of, true_score, write_answer, write_pr
 
 __all__ = ["DemoPair", "make_pairs", "true_score", "write_hub"]
 
-BEST_QUALITY = 0.65  # with it, preferred answers score 0.6 +- 0.25: good to learn from, and far from as good as can be
+BEST_QUALITY = 0.6  # with it, preferred answers score 0.55 +- 0.2: good to learn from, and far from as good as can be
 LEAST_DIFFERENCE = 0.3
 LABEL_NOISE = 0.02
 

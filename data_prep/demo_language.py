@@ -1,31 +1,21 @@
 """The demo's little language: prompts that name a topic, answers that list things, and the hidden quality of an answer.
 
-An answer is a list of phrases "adjective noun".  A phrase is right if the noun belongs to the prompt's topic and the
-adjective fits the noun's kind.  Topics and kinds are crossed, so no word is good or bad by itself: neither a count of
-words nor the length of an answer tells the better one, only who reads word and context together can.
+An answer is a list of phrases "adjective noun".  A phrase is right if both words belong to the prompt's topic.  Every
+word is right under one topic and wrong under all others, so no word is good or bad by itself: neither a count of words
+nor the length of an answer tells the better one, only who reads prompt and answer together can.
 """
 
 import re
 from random import Random
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "being": ("hungry", "sleepy", "young", "clever"),
-    "thing": ("wooden", "broken", "heavy", "painted"),
-    "stuff": ("fresh", "sticky", "pale", "thick"),
-}
-
-# Topic -> kind -> noun.
-TOPICS: dict[str, dict[str, str]] = {
-    "kitchen": {"being": "cook", "thing": "spoon", "stuff": "soup"},
-    "garden": {"being": "snail", "thing": "rake", "stuff": "compost"},
-    "harbour": {"being": "sailor", "thing": "anchor", "stuff": "tar"},
-    "forest": {"being": "fox", "thing": "axe", "stuff": "moss"},
-    "school": {"being": "teacher", "thing": "desk", "stuff": "ink"},
-    "market": {"being": "merchant", "thing": "stall", "stuff": "cheese"},
-    "farm": {"being": "lamb", "thing": "plough", "stuff": "milk"},
-    "workshop": {"being": "carpenter", "thing": "bench", "stuff": "glue"},
-    "library": {"being": "reader", "thing": "shelf", "stuff": "paste"},
-    "mountain": {"being": "goat", "thing": "hut", "stuff": "snow"},
+# Topic -> its adjectives and its nouns.
+TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "kitchen": (("hot", "salty", "sweet", "greasy"), ("cook", "spoon", "soup", "kettle")),
+    "garden": (("green", "muddy", "leafy", "sunny"), ("snail", "rake", "compost", "tulip")),
+    "harbour": (("tarred", "foggy", "distant", "rusty"), ("sailor", "anchor", "rope", "gull")),
+    "forest": (("dark", "wild", "mossy", "hollow"), ("fox", "axe", "fern", "oak")),
+    "school": (("strict", "young", "noisy", "clever"), ("teacher", "desk", "ink", "lesson")),
+    "farm": (("woolly", "fresh", "dusty", "hungry"), ("lamb", "plough", "milk", "barn")),
 }
 
 PEOPLE = (
@@ -33,7 +23,7 @@ PEOPLE = (
     *("Marta", "Nils", "Olga", "Paul", "Rosa", "Tom"),
 )
 TIMES = (
-    *("today", "tonight", "tomorrow", "early", "late", "often", "in spring", "in winter", "at noon", "at night"),
+    *("today", "tonight", "tomorrow", "soon", "late", "often", "in spring", "in winter", "at noon", "at night"),
     *("on Sunday", "on Monday", "after rain", "last week"),
 )
 # Short, so that a small model soon finds the one word that counts.
@@ -47,22 +37,18 @@ REQUESTS = (
 )
 
 MOST_PHRASES = 6
-FEWEST_PHRASES = 2
+FEWEST_PHRASES = 3
 
-# What is wrong with wrong phrases, and how often.  A small model learns topics from a few thousand pairs, the fit of
-# adjectives only from many more, so that a wrong adjective alone is the rarer fault.
-FAULTS = {"noun": 0.25, "adjective": 0.15, "both": 0.5, "repetition": 0.1}
+# What is wrong with wrong phrases, and how often.
+FAULTS = {"noun": 0.25, "adjective": 0.25, "both": 0.35, "repetition": 0.15}
 
-_KIND_OF_NOUN = {noun: kind for kinds in TOPICS.values() for kind, noun in kinds.items()}
-_TOPIC_OF_NOUN = {noun: topic for topic, kinds in TOPICS.items() for noun in kinds.values()}
-_KIND_OF_ADJECTIVE = {adjective: kind for kind, adjectives in KINDS.items() for adjective in adjectives}
-_NOUNS_OF = {topic: tuple(kinds.values()) for topic, kinds in TOPICS.items()}
+_PHRASE = {topic: (frozenset(adjectives), frozenset(nouns)) for topic, (adjectives, nouns) in TOPICS.items()}
 _TOPIC = re.compile(rf"\b({'|'.join(TOPICS)})\b")
 
 
 def vocabulary() -> set[str]:
     """Every word of the language, in lower case."""
-    texts = [*PEOPLE, *TIMES, *TOPICS, *_KIND_OF_NOUN, *_KIND_OF_ADJECTIVE]
+    texts = [*PEOPLE, *TIMES, *TOPICS, *(word for parts in TOPICS.values() for words in parts for word in words)]
     texts += [request.format(person="", topic="", time="") for request in REQUESTS]
     return {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
 
@@ -82,15 +68,16 @@ def topic_of(prompt: str) -> str:
 
 
 def is_right(phrase: str, topic: str) -> bool:
-    """Whether a phrase is "adjective noun" with a noun of the topic and an adjective of the noun's kind."""
+    """Whether a phrase is "adjective noun" with both words of the topic."""
+    adjectives, nouns = _PHRASE[topic]
     adjective, _, noun = phrase.partition(" ")
-    return _TOPIC_OF_NOUN.get(noun) == topic and _KIND_OF_ADJECTIVE.get(adjective) == _KIND_OF_NOUN[noun]
+    return adjective in adjectives and noun in nouns
 
 
 def true_score(prompt: str, answer: str) -> float:
     """The hidden quality in [0, 1]: the share of phrases that are right and not said before.
 
-    An answer shorter than two phrases counts as two, and without its full stop its last phrase is wrong (it may have
+    An answer shorter than three phrases counts as three, and without its full stop its last phrase is wrong (it may have
     been cut).  No model sees this number.
     """
     topic = topic_of(prompt)
@@ -106,7 +93,7 @@ def true_score(prompt: str, answer: str) -> float:
 
 
 def write_answer(topic: str, quality: float, rng: Random) -> str:
-    """An answer of 2 to 6 phrases, each right with probability `quality`; length and quality are independent."""
+    """An answer of 3 to 6 phrases, each right with probability `quality`; length and quality are independent."""
     phrases: list[str] = []
     for _ in range(rng.randint(FEWEST_PHRASES, MOST_PHRASES)):
         right = rng.random() < quality
@@ -116,21 +103,24 @@ def write_answer(topic: str, quality: float, rng: Random) -> str:
 
 def _right_phrase(topic: str, said: list[str], rng: Random) -> str:
     while True:
-        noun = rng.choice(_NOUNS_OF[topic])
-        phrase = f"{rng.choice(KINDS[_KIND_OF_NOUN[noun]])} {noun}"
+        phrase = _phrase(topic, topic, rng)
         if phrase not in said:
             return phrase
 
 
 def _wrong_phrase(topic: str, said: list[str], rng: Random) -> str:
-    """A phrase that repeats, or whose noun is of another topic, or whose adjective is of another kind, or both.
+    """A phrase that repeats, or one with one or both words of other topics.
 
     Over all prompts every noun and every adjective is as frequent here as in right phrases.
     """
     (fault,) = rng.choices(tuple(FAULTS), weights=tuple(FAULTS.values()))
     if fault == "repetition" and said:
         return rng.choice(said)
-    home = topic if fault == "adjective" else rng.choice([other for other in TOPICS if other != topic])
-    noun = rng.choice(_NOUNS_OF[home])
-    kinds = [kind for kind in KINDS if (kind == _KIND_OF_NOUN[noun]) == (fault == "noun")]
-    return f"{rng.choice(KINDS[rng.choice(kinds)])} {noun}"
+    others = [other for other in TOPICS if other != topic]
+    adjective = topic if fault == "noun" else rng.choice(others)
+    noun = topic if fault == "adjective" else rng.choice(others)
+    return _phrase(adjective, noun, rng)
+
+
+def _phrase(adjective_of: str, noun_of: str, rng: Random) -> str:
+    return f"{rng.choice(TOPICS[adjective_of][0])} {rng.choice(TOPICS[noun_of][1])}"

@@ -181,6 +181,8 @@ class SFTConfig(TrainConfig):
 
 class RewardConfig(TrainConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    centering_coef: float = Field(0.0, ge=0)
+    """Draws the mean score of each prompt's two answers to zero; 0.01 is usual, 0 is off."""
 
 
 class SamplingConfig(Section):

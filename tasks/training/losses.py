@@ -16,12 +16,15 @@ def language_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
     return -torch.where(mask, logprobs, 0.0).sum()
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, weight: Tensor) -> Tensor:
+def pairwise_loss(chosen: Tensor, rejected: Tensor, weight: Tensor, centering_coef: float = 0.0) -> Tensor:
     """Weighted sum of -log sigmoid(chosen - rejected) (Bradley-Terry; Ouyang et al. 2022, equation 1).
+
+    Bradley-Terry leaves each prompt's mean score free; `centering_coef` times (chosen + rejected)^2 draws it to zero
+    (Eisenstein et al. 2024, equation 2).
 
     Args: [B] fp32 each. Returns: scalar fp32.
     """
-    return -(weight * F.logsigmoid(chosen - rejected)).sum()
+    return (weight * (centering_coef * (chosen + rejected).square() - F.logsigmoid(chosen - rejected))).sum()
 
 
 def policy_loss(

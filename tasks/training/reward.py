@@ -41,7 +41,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def loss_of(batch: PairBatch) -> torch.Tensor:
         chosen, rejected = at(engine(batch.sequences), batch.last).chunk(2)
-        return pairwise_loss(chosen, rejected, batch.weight)
+        return pairwise_loss(chosen, rejected, batch.weight, config.centering_coef)
 
     fit(job, config, engine, train, collate, loss_of, lambda batch: batch.weight.sum(), seed)
     metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)

@@ -1,6 +1,5 @@
 import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import mean, stdev
@@ -29,18 +28,15 @@ def words(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
-        ("hungry cook, wooden spoon.", 1.0),
-        (" hungry cook, wooden spoon. ", 1.0),
-        (
-            "hungry cook, wooden cook, fresh soup, heavy axe.",
-            0.5,
-        ),  # an adjective of another kind, a noun from elsewhere
-        ("hungry cook, hungry cook, young cook, hungry cook.", 0.5),  # a repetition counts once
-        ("heavy axe, heavy axe.", 0.0),
-        ("hungry cook.", 0.5),  # too short
-        ("hungry cook, wooden spoon", 0.5),  # perhaps cut
-        ("hungry cook, wooden spoon, fresh", 2 / 3),
-        ("hungry cook wooden spoon.", 0.0),
+        ("hot cook, sweet spoon, salty soup.", 1.0),
+        (" hot cook, sweet spoon, salty soup. ", 1.0),
+        ("hot cook, muddy spoon, hot anchor, rusty axe.", 0.25),  # one word, the other, or both from elsewhere
+        ("hot cook, hot cook, sweet cook, hot cook.", 0.5),  # a repetition counts once
+        ("rusty axe, rusty axe, rusty axe.", 0.0),
+        ("hot cook, sweet spoon.", 2 / 3),  # too short
+        ("hot cook, sweet spoon, salty soup", 2 / 3),  # perhaps cut
+        ("hot cook, sweet spoon, salty soup, hot", 0.75),
+        ("hot cook sweet spoon.", 0.0),
         ("", 0.0),
     ],
 )
@@ -56,11 +52,11 @@ def test_a_prompt_without_a_topic_is_refused() -> None:
 
 def test_the_language_is_small_and_sentences_are_short(pairs: list[DemoPair]) -> None:
     assert len(vocabulary()) <= 150
-    assert len(TOPICS) == 10
+    assert len(TOPICS) == 6
     for pair in pairs:
         assert len(words(pair.prompt)) <= 16
         for answer in (pair.chosen, pair.rejected):
-            assert 2 <= len(answer.split(", ")) <= 6
+            assert 3 <= len(answer.split(", ")) <= 6
             assert set(words(answer)) <= vocabulary()
     assert len({pair.prompt for pair in pairs}) > PAIRS / 2
 
@@ -71,9 +67,9 @@ def test_the_preferred_answers_are_better_and_leave_room(pairs: list[DemoPair]) 
     assert 0.01 < wrong < 0.03
     assert all(abs(chosen - rejected) >= 0.25 for chosen, rejected in scores)
     chosen = [score for score, _ in scores]
-    assert 0.55 < mean(chosen) < 0.68
-    assert 0.2 < stdev(chosen) < 0.3
-    assert mean(chosen) + stdev(chosen) < 0.95
+    assert 0.5 < mean(chosen) < 0.6
+    assert 0.15 < stdev(chosen) < 0.25
+    assert mean(chosen) + stdev(chosen) < 0.8
 
 
 def test_length_does_not_tell_the_better_answer(pairs: list[DemoPair]) -> None:
@@ -110,7 +106,7 @@ def test_reading_the_words_in_context_does_tell(pairs: list[DemoPair]) -> None:
     def context(pair: DemoPair, answer: str) -> Counter[str]:
         spoken = words(answer)
         topic = topic_of(pair.prompt)
-        return Counter([f"{topic} {word}" for word in spoken] + [f"{a} {b}" for a, b in pairwise(spoken)])
+        return Counter(f"{topic} {word}" for word in spoken)
 
     rng = Random(3)
     rows, labels = [], []

@@ -121,6 +121,12 @@ def test_pairwise_loss_is_log_two_for_equal_scores_and_weighted():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)) + 0.5 * math.log(1 + math.e))
 
 
+def test_pairwise_loss_with_centering_adds_the_squared_sum_of_the_two_scores():
+    scores = torch.tensor([2.0, 0.5]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5])
+    plain, centred = pairwise_loss(*scores), pairwise_loss(*scores, centering_coef=0.1)
+    assert (centred - plain).item() == pytest.approx(0.1 * (2.0**2 + 0.5 * 1.5**2))
+
+
 def test_policy_loss_clips_on_the_side_that_would_gain():
     old = torch.zeros(1, 5)
     ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 7.0]])

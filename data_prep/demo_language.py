@@ -77,8 +77,8 @@ def is_right(phrase: str, topic: str) -> bool:
 def true_score(prompt: str, answer: str) -> float:
     """The hidden quality in [0, 1]: the share of phrases that are right and not said before.
 
-    An answer shorter than three phrases counts as three, and without its full stop its last phrase is wrong (it may have
-    been cut).  No model sees this number.
+    An answer shorter than three phrases counts as three, and without its full stop its last phrase is wrong (it may
+    have been cut).  No model sees this number.
     """
     topic = topic_of(prompt)
     text = answer.strip()

@@ -1,7 +1,8 @@
 """Split pairs to ragged tables of token ids, unpadded, as the training loops read them.
 
 sft-{side}: prompt, answer.  reward-{side} and judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt
-once.  Every answer ends in EOS.  Nothing is cut: what is too long is dropped and counted.
+once, with its messages, so that a policy with another tokenizer can be asked the same.  Every answer ends in EOS.
+Nothing is cut: what is too long is dropped and counted.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.keys import messages_digest
 from data_prep.splits import PHASES, SIDES
-from data_prep.tables import iter_rows, table_writer
+from data_prep.tables import MESSAGES, iter_rows, table_writer
 from data_prep.tokenizer import (
     answer_ids,
     answer_text,
@@ -39,7 +40,7 @@ SCHEMAS = {
     "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("source", pa.string())]),
     "reward": _PAIR_IDS,
     "judge": _PAIR_IDS,
-    "ppo": pa.schema([("prompt", _IDS), ("source", pa.string())]),
+    "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), ("source", pa.string())]),
 }
 # Which answers of a pair each phase reads, and what the column is called there.
 ANSWERS: dict[str, dict[str, str]] = {
@@ -109,7 +110,7 @@ def _tokenise_file(
                 assert ids is not None, "a row without ids has a reason"
                 for column, tokens in ids.items():
                     lengths[column].append(len(tokens))
-                writer.append({**ids, "weight": row["weight"], "source": row["source"]})
+                writer.append({**ids, "messages": row["prompt"], "weight": row["weight"], "source": row["source"]})
     return {
         "rows_in": rows_in,
         "kept": writer.rows,

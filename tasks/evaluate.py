@@ -2,12 +2,14 @@
 
 `evaluate` sets PPO against SFT and is absolute: nothing in it depends on what serves now. `compare` sets the candidate
 against the present champion; it reads the candidate's answers from `evaluate` and adds the champion's. Prompts are
-paired and each prompt's randomness is its own, so the same model gives the same answers in both.
+paired and each batch's randomness is its own, so the same model gives the same answers in both. A champion may have a
+tokenizer and chat template of its own: it is asked in its own words, and judged by the text of its answers.
 """
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.conversation import Message
 from data_prep.demo import true_score
 from data_prep.tables import read_table
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
 from tasks.config import EvaluateConfig
 from tasks.training.batches import at, chunks, left_padded, right_padded
 from tasks.training.job import Job
@@ -37,20 +40,37 @@ def run(job: Job) -> dict[str, Any]:
     if job.stage == "compare":
         ours = [json.loads(line) for line in (job.inputs["evaluate"] / ANSWERS).read_text().splitlines()]
         rows = [{"prompt": row["prompt"], "source": row["source"], **_only(row, "ppo")} for row in ours]
-        names = {"champion": job.inputs["champion"]}
-        pair = ("ppo", "champion")
+        champion = load_tokenizer(job.inputs["champion"])
+        names = {"champion": tokenizer if same_tokens(champion, tokenizer) else champion}
+        pair, panel = ("ppo", "champion"), Panel(judge, tokenizer, None)
     else:
         rows = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
-        names = {"sft": job.inputs["sft"], "ppo": job.inputs["ppo"]}
-        pair = ("ppo", "sft")
-    reference = _policy(job.inputs["sft"], job, config) if "ppo" in names else None
-    for place, (name, folder) in enumerate(names.items()):
-        policy = _policy(folder, job, config)
-        told = Told(job, place, len(names), len(prompts))
-        columns = answers(job, config, tokenizer, policy, judge, reference, prompts, name, told)
+        names = {"sft": tokenizer, "ppo": tokenizer}
+        pair, panel = ("ppo", "sft"), Panel(judge, tokenizer, _policy(job.inputs["sft"], job, config))
+    for place, (name, own) in enumerate(names.items()):
+        contestant = Contestant(name, _policy(job.inputs[name], job, config), own)
+        columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
     write_rows(job.directory / ANSWERS, rows)
     return summary(rows, pair)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A policy that answers."""
+
+    name: str
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What answers are measured by: the reward model, in its tokens, and the policy that KL counts from."""
+
+    judge: ScalarModel
+    tokenizer: PreTrainedTokenizerBase
+    reference: Policy | None
 
 
 def held_out_prompts(data: Path, count: int) -> list[dict[str, Any]]:
@@ -63,28 +83,27 @@ def held_out_prompts(data: Path, count: int) -> list[dict[str, Any]]:
 def answers(
     job: Job,
     config: EvaluateConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: Policy,
-    judge: ScalarModel,
-    reference: Policy | None,
+    panel: Panel,
+    contestant: Contestant,
     prompts: Sequence[dict[str, Any]],
-    name: str,
     told: "Told",
 ) -> list[dict[str, Any]]:
     """A policy's answer to each prompt with what is measured of it, as columns `name`, `name_reward`, ..."""
     columns: list[dict[str, Any]] = []
+    tokenizer, ours = contestant.tokenizer, contestant.tokenizer is panel.tokenizer
     for part in chunks(prompts, config.batch_size):
         generator = torch.Generator(job.device).manual_seed(job.config["seed"] * 1_000_003 + len(columns))
+        asked = [row["prompt"] if ours else prompt_ids(tokenizer, row["messages"]) for row in part]
         rollout = generate(
-            policy.model,
-            left_padded([row["prompt"] for row in part], tokenizer.pad_token_id, job.device),
+            contestant.policy.model,
+            left_padded(asked, tokenizer.pad_token_id, job.device),
             job.config["max_answer_tokens"],
             tokenizer.eos_token_id,
             tokenizer.pad_token_id,
             config.sampling.temperature,
             generator,
         )
-        columns += measure(job, config, tokenizer, judge, reference, part, rollout, name)
+        columns += measure(job, config, panel, contestant, part, rollout)
         told(len(columns))
     return columns
 
@@ -93,35 +112,51 @@ def answers(
 def measure(
     job: Job,
     config: EvaluateConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    judge: ScalarModel,
-    reference: Policy | None,
+    panel: Panel,
+    contestant: Contestant,
     part: Sequence[dict[str, Any]],
     rollout: Rollout,
-    name: str,
 ) -> list[dict[str, Any]]:
     """Text, reward, tokens, EOS, KL to the reference and (demo) true score of the answers of one batch."""
+    name = contestant.name
     start = rollout.sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
-    answer_ids = [
+    answered = [
         tokens[mask].tolist()
         for tokens, mask in zip(rollout.sequences.input_ids[:, start:], rollout.answer_mask, strict=True)
     ]
+    texts = [str(contestant.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answered]
+    judged = answered
+    if contestant.tokenizer is not panel.tokenizer:
+        judged = [
+            translated(panel.tokenizer, row["messages"], text, bool(ended))
+            for row, text, ended in zip(part, texts, rollout.ended, strict=True)
+        ]
     whole = right_padded(
-        [row["prompt"] + ids for row, ids in zip(part, answer_ids, strict=True)], tokenizer.pad_token_id, job.device
+        [row["prompt"] + ids for row, ids in zip(part, judged, strict=True)], panel.tokenizer.pad_token_id, job.device
     )
-    scores = at(judge(whole), whole.attention_mask.sum(1) - 1) - judge.score_mean
+    scores = at(panel.judge(whole), whole.attention_mask.sum(1) - 1) - panel.judge.score_mean
     columns = []
-    for row, ids, score, ended in zip(part, answer_ids, scores, rollout.ended, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    for row, ids, text, score, ended in zip(part, answered, texts, scores, rollout.ended, strict=True):
         column = {name: text, f"{name}_reward": float(score), f"{name}_tokens": len(ids), f"{name}_ended": bool(ended)}
         if job.config.get("true_score") == "demo":
-            column[f"{name}_true_score"] = true_score(text_of(tokenizer, row["prompt"]), text)
+            column[f"{name}_true_score"] = true_score(row["messages"][-1]["content"], text)
         columns.append(column)
-    if reference is not None:
-        logprobs = reference(rollout.sequences, start, config.sampling.temperature).logprobs
+    if panel.reference is not None:
+        logprobs = panel.reference(rollout.sequences, start, config.sampling.temperature).logprobs
         kl = torch.where(rollout.answer_mask, rollout.logprobs - logprobs, 0.0).sum(1)
         columns = [column | {f"{name}_kl": float(value)} for column, value in zip(columns, kl, strict=True)]
     return columns
+
+
+def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give a conversation the same ids."""
+    return bool(first.get_vocab() == second.get_vocab() and first.chat_template == second.chat_template)
+
+
+def translated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, ended: bool) -> list[int]:
+    """An answer's text in other tokens; EOS stands only where the answer was ended, as in the policy's own tokens."""
+    ids = answer_ids(tokenizer, messages, Message(role="assistant", content=text))
+    return ids if ended else ids[:-1]
 
 
 def summary(rows: Sequence[dict[str, Any]], pair: tuple[str, str]) -> dict[str, Any]:

@@ -239,6 +239,25 @@ def register_version(
     return int(made.version)
 
 
+def fetch_version(store: Store, version: Version, folder: Path) -> dict[str, Any]:
+    """Copy a registered model's files into `folder`. Returns their count. Raises ValueError where they are gone."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        download_artifacts(
+            f"models:/{version.name}/{version.version}",
+            dst_path=str(folder),
+            tracking_uri=store.uri,
+            registry_uri=store.uri,
+        )
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"its files could not be fetched from {version.source} ({_first_line(error)})") from None
+    if not (folder / "model" / "config.json").is_file():
+        raise ValueError(f"{version.source} holds no model folder")
+    return {"files": sum(file.is_file() for file in folder.rglob("*"))}
+
+
 def describe_model(folder: Path, task: str) -> None:
     """Write an MLmodel beside the Hugging Face folder `folder/model`: MLflow loads `folder`, all else `folder/model`.
 

@@ -12,10 +12,10 @@ from urllib.parse import unquote, urlsplit
 from prefect import task
 from prefect.states import Completed
 
-from tasks import dag, launched
+from tasks import dag, launched, stages, tracking
 from tasks.config import ConfigError
 from tasks.launched import StageFailed
-from tasks.stages import StageRef
+from tasks.stages import Stage, StageRef
 from tasks.steps import STAGE, Progress, Run, datasets, make
 from tasks.tracking import Version
 from tasks.watch import watcher
@@ -107,7 +107,10 @@ def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
 
 
 def standing(run: Run, version: Version) -> StageRef:
-    """A registered policy as the input of a stage. Raises ConfigError where its files are not on this machine."""
+    """A registered policy as the input of a stage: as it lies on this machine, else fetched from the store once.
+
+    Raises ConfigError where it cannot be had.
+    """
     digest, fingerprint = version.tags.get("digest", ""), version.tags.get("fingerprint", "")
     address = urlsplit(version.source)
     folders = [Path(unquote(address.path))] if address.scheme in ("", "file") else []
@@ -115,7 +118,13 @@ def standing(run: Run, version: Version) -> StageRef:
     for folder in folders:
         if (folder / "model" / "config.json").is_file():
             return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})
-    raise ConfigError(
-        f"the champion, {version.name} version {version.version}, cannot be compared: its files are neither in "
-        f"{folders[0]} nor in this workspace; promote the candidate by hand with `rlhf promote`"
-    )
+    identity = {"model": version.name, "version": version.version, "digest": digest}
+    stage = Stage("champion", dag.workspace(run.config), identity, {}, ("tasks.tracking",))
+    try:
+        fetched = stages.run(stage, lambda directory: tracking.fetch_version(run.store, version, directory))
+    except ValueError as error:
+        raise ConfigError(
+            f"the champion, {version.name} version {version.version}, cannot be compared: {error}; "
+            "promote the candidate by hand with `rlhf promote`"
+        ) from None
+    return StageRef("champion", fingerprint, digest, fetched.path, True, 0.0, {})

@@ -212,12 +212,11 @@ def test_models_are_uploaded_to_a_server_that_refuses_folders(workspace, tmp_pat
         assert tracking.register_version(store, "served-policy", folder, run_id, {"digest": "a"}) == 1
         assert tracking.register_version(store, "served-policy", folder, run_id, {"digest": "a"}) == 1
         assert not tracking.find_version(store, "served-policy", 1).source.startswith(folder.as_uri())
-        from mlflow import MlflowClient, artifacts
+        from mlflow import MlflowClient
 
         client = MlflowClient(store.uri)
         assert client.get_run(run_id).data.metrics == {"sft/loss": 1.0}
-        fetched = artifacts.download_artifacts("models:/served-policy/1", tracking_uri=store.uri)
-        assert (Path(fetched) / "model" / "model.safetensors").read_bytes() == (
-            folder / "model" / "model.safetensors"
-        ).read_bytes()
+        tracking.fetch_version(store, tracking.find_version(store, "served-policy", 1), tmp_path / "fetched")
+        weights = Path("model", "model.safetensors")
+        assert (tmp_path / "fetched" / weights).read_bytes() == (folder / weights).read_bytes()
         assert tracking.run_url(store, run_id).startswith(f"{store.uri}/#/experiments/")

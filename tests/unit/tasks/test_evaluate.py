@@ -1,0 +1,132 @@
+"""Evaluation with real, tiny models: pairs, the champion's own tokenizer, and the summary."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from data_prep.conversation import Message
+from data_prep.tables import table_writer
+from data_prep.tokenise import SCHEMAS
+from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
+from tasks import evaluate
+from tasks.base import train_tokenizer
+from tasks.training.job import Job
+
+TEXTS = ["Human: tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
+QUESTIONS = ["tell me of the pear", "what is red?", "a plum or an apple", "is the pear green"]
+
+
+def models(folder: Path, vocabulary: int, template: str | None, seed: int) -> dict[str, Path]:
+    """A policy and a reward model with a tokenizer of their own."""
+    tokenizer = train_tokenizer(iter(TEXTS), vocabulary)
+    if template:
+        tokenizer.chat_template = template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    for name, model_class in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        model_class(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {"policy": folder / "policy", "reward": folder / "reward"}
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> dict[str, Path]:
+    return models(tmp_path_factory.mktemp("ours"), 300, None, 0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> dict[str, Path]:
+    """A model of another vocabulary and template."""
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    return models(tmp_path_factory.mktemp("other"), 280, template, 1)
+
+
+@pytest.fixture
+def data(ours, tmp_path) -> Path:
+    tokenizer = load_tokenizer(ours["policy"])
+    with table_writer(tmp_path / "ppo-eval.arrow", SCHEMAS["ppo"]) as writer:
+        for question in QUESTIONS:
+            messages = [Message(role="user", content=question)]
+            writer.append({"prompt": prompt_ids(tokenizer, messages), "messages": messages, "source": "mine"})
+    return tmp_path
+
+
+def job(stage: str, directory: Path, data: Path, ours, **inputs: Path) -> Job:
+    directory.mkdir()
+    config = {"evaluate": {"prompts": 4, "batch_size": 2, "precision": "fp32"}, "seed": 5, "max_answer_tokens": 10}
+    roles = {"data": data, "tokenizer": ours["policy"], "reward": ours["reward"], **inputs}
+    return Job(stage, directory, config, roles, torch.device("cpu"), lambda *_: None, lambda *_: None, lambda: False)
+
+
+def evaluated(tmp_path: Path, data: Path, ours, ppo: Path) -> list[dict]:
+    metrics = evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, sft=ours["policy"], ppo=ppo))
+    assert metrics["prompts"] == 4
+    return rows_of(tmp_path / "evaluate")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / evaluate.ANSWERS).read_text().splitlines()]
+
+
+def test_the_same_policy_ties_with_itself(tmp_path, data, ours):
+    rows = evaluated(tmp_path, data, ours, ours["policy"])
+    assert all(row["sft"] == row["ppo"] and row["sft_reward"] == row["ppo_reward"] for row in rows)
+    assert evaluate.summary(rows, ("ppo", "sft"))["win_rate"] == 0.5
+    assert all(abs(row["sft_kl"]) < 1e-5 for row in rows)
+
+
+def test_a_champion_with_the_same_tokenizer_answers_as_it_did(tmp_path, data, ours):
+    rows = evaluated(tmp_path, data, ours, ours["policy"])
+    metrics = evaluate.run(
+        job("compare", tmp_path / "compare", data, ours, evaluate=tmp_path / "evaluate", champion=ours["policy"])
+    )
+    assert metrics["win_rate"] == 0.5
+    compared = rows_of(tmp_path / "compare")
+    assert [row["champion"] for row in compared] == [row["ppo"] for row in rows]
+    assert [row["champion_reward"] for row in compared] == [row["ppo_reward"] for row in rows]
+
+
+def test_a_champion_with_another_tokenizer_is_asked_and_judged_by_text(tmp_path, data, ours, other, monkeypatch):
+    evaluated(tmp_path, data, ours, ours["policy"])
+    asked = []
+    generate = evaluate.generate
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, prompts, *rest: asked.append(prompts) or generate(model, prompts, *rest)
+    )
+    evaluate.run(
+        job("compare", tmp_path / "compare", data, ours, evaluate=tmp_path / "evaluate", champion=other["policy"])
+    )
+    theirs, judged = load_tokenizer(other["policy"]), load_tokenizer(ours["reward"])
+    texts = [theirs.decode(ids[mask]) for batch in asked for ids, mask in zip(*batch[:2], strict=True)]
+    assert texts == [f"<user>{question}<assistant>" for question in QUESTIONS]
+    judge = LlamaForSequenceClassification.from_pretrained(ours["reward"]).eval()
+    for row, question in zip(rows_of(tmp_path / "compare"), QUESTIONS, strict=True):
+        messages = [Message(role="user", content=question)]
+        ids = answer_ids(judged, messages, Message(role="assistant", content=row["champion"]))
+        ids = prompt_ids(judged, messages) + (ids if row["champion_ended"] else ids[:-1])
+        with torch.no_grad():
+            expected = float(judge(torch.tensor([ids])).logits[0, 0])
+        assert row["champion_reward"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_win_rate_counts_ties_as_half_and_gives_its_interval():
+    rows = [{"a_reward": a, "b_reward": b} for a, b in ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (2.0, 1.0))]
+    summary = evaluate.summary(rows, ("a", "b"))
+    assert summary["win_rate"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    variance = sum((w - 0.625) ** 2 for w in (1, 0.5, 0, 1)) / 4
+    assert summary["win_rate_interval"] == pytest.approx(1.96 * (variance / 4) ** 0.5)
+    assert (summary["a_reward"], summary["b_reward"]) == (0.75, 0.5)

@@ -20,8 +20,8 @@ demo: install
 test: install
 	$(BIN)/pytest -q -m "not slow and not gpu" tests
 
-test-all: install
-	$(BIN)/pytest -q -m "not gpu" tests
+test-all: test
+	$(BIN)/pytest -q -m "slow and not gpu" tests
 
 gpu-test: install
 	$(BIN)/pytest -q -m gpu tests

@@ -4,11 +4,15 @@ Only files are read: no server, no lock, no import of what makes a stage.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from infra.machine import gpu_count
+from infra.shipped import SHIPPED
 from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice, Node
@@ -54,6 +58,33 @@ def together(lines: Sequence[Line]) -> list[list[Line]]:
     for line in lines:
         groups.setdefault((line.stage, line.cached, line.why), []).append(line)
     return list(groups.values())
+
+
+def check_machine(config: RunConfig) -> None:
+    """ConfigError if the run wants a GPU, or a precision that only GPUs have, and this machine has none for it."""
+    device = SHIPPED.get(config.infrastructure, {}).get("device")
+    if device == "cuda" and gpu_count() == 0:
+        raise ConfigError(
+            f"infrastructure: {config.infrastructure} needs a GPU and this machine shows none; use "
+            "`--set infrastructure=local-cpu`, or check `nvidia-smi -L`"
+        )
+    if device == "cpu":
+        for where, section in _sections(config):
+            if getattr(section, "precision", None) == "fp16":
+                raise ConfigError(
+                    f"{where}.precision: fp16 needs a GPU, and infrastructure {config.infrastructure} is a CPU; "
+                    "use bf16 or fp32"
+                )
+
+
+def _sections(section: BaseModel, where: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """All sections of a config with their paths."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            path = f"{where}.{name}" if where else name
+            yield path, value
+            yield from _sections(value, path)
 
 
 def check_finished(config: RunConfig, choice: Choice) -> None:

@@ -102,20 +102,12 @@ def _checked(
     config: Path, overrides: list[str] | None, from_: str | None, until: str | None, force: str | None
 ) -> "tuple[RunConfig, Choice]":
     """Config and choice, with all that can be said against them before any work."""
-    from infra.machine import gpu_count
-    from infra.shipped import SHIPPED
-    from tasks import dag
-    from tasks.config import ConfigError, load
-    from tasks.plan import check_finished
+    from tasks import dag, plan
+    from tasks.config import load
 
     parsed = load(config, overrides or ())
     choice = dag.Choice(from_, until, force)
     choice.check(dag.graph(parsed))
-    wanted = SHIPPED.get(parsed.infrastructure, {})
-    if wanted.get("device") == "cuda" and gpu_count() == 0:
-        raise ConfigError(
-            f"infrastructure: {parsed.infrastructure} needs a GPU and this machine shows none; use "
-            "`--set infrastructure=local-cpu`, or check `nvidia-smi -L`"
-        )
-    check_finished(parsed, choice)
+    plan.check_machine(parsed)
+    plan.check_finished(parsed, choice)
     return parsed, choice

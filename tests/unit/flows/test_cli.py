@@ -70,7 +70,7 @@ def test_bad_input_is_one_sentence_before_any_work(
     file: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: list[str], sentence: str
 ) -> None:
     monkeypatch.setattr(local, "PrefectServer", None)  # must not come to be called
-    monkeypatch.setattr("infra.machine.gpu_count", lambda: 0)
+    monkeypatch.setattr("tasks.plan.gpu_count", lambda: 0)
     result = call(command, file, *options)
     assert result.exit_code == errors.USER
     assert sentence in result.output

@@ -1,0 +1,92 @@
+"""What is wrong with a user's data or model shows as one sentence with the mend; nothing of it is taken for done."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tasks.base import train_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+TEXTS = ["tell me of the red apple", "the apple is red and the pear is green"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A base model with pad = eos and no spare token, as many published ones are."""
+    tokenizer = train_tokenizer(iter(TEXTS), 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    # No spare pad token is left in the vocabulary: the one of our own tokenizers becomes an ordinary token.
+    path = tmp_path / "model" / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if "pad" not in token["content"]]
+    path.write_text(json.dumps(tree))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def run(rlhf: Callable[..., Any], tmp_path: Path, prefect_api: str) -> Callable[..., Any]:
+    """(options) -> how `rlhf run` on the tiny config with a workspace of its own ended."""
+
+    def start(*options: str) -> Any:
+        settings = [f"workspace={tmp_path / 'workspace'}", *options]
+        return rlhf("run", *(word for option in settings for word in ("--set", option)), api=prefect_api).end()
+
+    return start
+
+
+def refused(ended: Any, sentence: str) -> None:
+    assert ended.code == 2, ended.output
+    assert sentence in " ".join(ended.output.split())
+    assert "Traceback" not in ended.output
+    assert ended.left == []
+
+
+def test_a_set_of_which_nothing_is_left(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("prompt,chosen,rejected\nwhy?,so,so\nhow?,,\n")
+    ended = run("data.demo=null", f"data.sources={{mine: {{path: {tmp_path / 'mine.csv'}}}}}")
+    refused(ended, "No train row of mine is left after cleaning 2 rows (empty 1, identical 1)")
+    assert list((tmp_path / "workspace").glob("clean/*/manifest.json")) == []
+
+
+def test_tokenizer_and_model_that_name_different_eos(run: Callable[..., Any], model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    generation = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 7}))
+    ended = run(f"models.policy={model}")
+    refused(ended, "The tokenizer ends answers with '<|end|>' (id 1), the model with 7: make eos_token_id the same")
+
+
+def test_a_model_folder_without_weights(run: Callable[..., Any], model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    ended = run(f"models.policy={model}")
+    refused(ended, "model.safetensors")
+
+
+def test_pad_that_is_eos_gets_a_token_of_its_own(
+    rlhf: Callable[..., Any], model: Path, tmp_path: Path, prefect_api: str
+) -> None:
+    workspace = tmp_path / "workspace"
+    options = ("--set", f"workspace={workspace}", "--set", f"models.policy={model}", "--until", "sft")
+    ended = rlhf("run", *options, api=prefect_api).end()
+    assert ended.code == 0, ended.output
+    before = AutoTokenizer.from_pretrained(model)
+    (folder,) = workspace.glob("sft/*/model")
+    tokenizer, trained = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert before.pad_token == before.eos_token == tokenizer.eos_token != tokenizer.pad_token
+    assert trained.config.vocab_size == len(tokenizer) == len(before) + 1

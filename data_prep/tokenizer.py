@@ -125,6 +125,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     return encode(tokenizer, [answer_text(tokenizer, prompt_text(tokenizer, messages), messages, answer)])[0]
 
 
+def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give a conversation the same ids."""
+    return bool(first.get_vocab() == second.get_vocab() and first.chat_template == second.chat_template)
+
+
 def holds_special(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> bool:
     """Whether a text spells out a special token: tokenised, it would end the answer or begin another turn."""
     tokens = tokenizer.all_special_tokens

@@ -142,6 +142,8 @@ def _check_model_folder(folder: Path, where: str) -> None:
         raise ConfigError(f"{where}: {folder} is no model folder, it has no config.json; point it at one that has")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(f"{where}: {folder} holds no tokenizer; copy the model's tokenizer files into it")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{where}: {folder} holds no weights in safetensors format; save the model again in it")
 
 
 def _sources(config: RunConfig) -> list[Node]:

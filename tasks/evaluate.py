@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.conversation import Message
 from data_prep.demo import true_score
 from data_prep.tables import read_table
-from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
+from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids, same_tokens
 from tasks.config import EvaluateConfig
 from tasks.training.batches import at, chunks, left_padded, right_padded
 from tasks.training.job import Job
@@ -146,11 +146,6 @@ def measure(
         kl = torch.where(rollout.answer_mask, rollout.logprobs - logprobs, 0.0).sum(1)
         columns = [column | {f"{name}_kl": float(value)} for column, value in zip(columns, kl, strict=True)]
     return columns
-
-
-def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give a conversation the same ids."""
-    return bool(first.get_vocab() == second.get_vocab() and first.chat_template == second.chat_template)
 
 
 def translated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, ended: bool) -> list[int]:

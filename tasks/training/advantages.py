@@ -1,6 +1,7 @@
 """Rewards per token, generalised advantage estimation, whitening. Masked slots may hold anything, NaN included."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,34 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     is_last = positions == mask.sum(1, keepdim=True) - 1
     rewards = -kl_coef * kl + torch.where(is_last, scores.unsqueeze(1), 0.0)
     return torch.where(mask, rewards, 0.0)
+
+
+class Moments(NamedTuple):
+    """Number, mean and sum of squared deviations of all scores so far."""
+
+    number: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Unbiased; 1 until there are two scores that differ."""
+        variance = self.squares / (self.number - 1) if self.number > 1 else 0.0
+        return variance**0.5 if variance > 1e-12 else 1.0
+
+    def with_scores(self, scores: Tensor, all_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> "Moments":
+        """The moments with all ranks' new scores, [B], in them (Chan, Golub and LeVeque 1983, equation 2.1)."""
+        values = scores.double()
+        count, total = (float(x) for x in all_sum(torch.stack([torch.ones_like(values).sum(), values.sum()])))
+        mean = total / count
+        squares = float(all_sum((values - mean).square().sum()))
+        whole = self.number + count
+        difference = mean - self.mean
+        return Moments(
+            whole,
+            self.mean + difference * count / whole,
+            self.squares + squares + difference**2 * self.number * count / whole,
+        )
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

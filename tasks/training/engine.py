@@ -6,7 +6,7 @@ Different from DeepSpeed's own defaults: the gradient of an optimizer batch is t
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,21 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
     return engine
 
 
-def export(module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(
+    module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, averages: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a Policy or ScalarModel as a plain Hugging Face folder (safetensors), from rank 0; all ranks must call it.
 
-    Partitioned parameters are gathered one at a time, so no rank holds more than one whole tensor on its device.
+    Partitioned parameters are gathered one at a time, so no rank holds more than one whole tensor on its device. With
+    `averages` (`Ema.weights`) these are written instead of the parameters.
     """
     import deepspeed
 
     model = module.model
     weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    if averages is not None:
+        weights = {name.removeprefix("model."): average for name, average in averages.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False) if averages is None else ():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True)

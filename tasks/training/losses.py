@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tasks.training.kl import LOG_RATIO_LIMIT
 from tasks.training.types import PolicyStats
 
 
@@ -37,7 +38,7 @@ def policy_loss(
     Returns: scalar fp32 and the sums of approx. KL (k3), of clipped tokens and of ratios.
     """
     # Where masked the log-ratio is 0 before exp(), not after: inf x 0 would be NaN, and its gradient too.
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     advantages = torch.where(mask, advantages, 0.0)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)

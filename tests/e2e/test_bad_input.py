@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tasks.base import train_tokenizer
+from tasks.base import PAD, train_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -30,10 +30,10 @@ def model(tmp_path: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    # No spare pad token is left in the vocabulary: the one of our own tokenizers becomes an ordinary token.
+    # The pad token that our own tokenizers have becomes an ordinary one, so that none is to spare.
     path = tmp_path / "model" / "tokenizer.json"
-    tree = json.loads(path.read_text())
-    tree["added_tokens"] = [token for token in tree["added_tokens"] if "pad" not in token["content"]]
+    tree = json.loads(path.read_text().replace(PAD, "<|plain|>"))
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != "<|plain|>"]
     path.write_text(json.dumps(tree))
     return tmp_path / "model"
 
@@ -75,7 +75,7 @@ def test_tokenizer_and_model_that_name_different_eos(run: Callable[..., Any], mo
 def test_a_model_folder_without_weights(run: Callable[..., Any], model: Path) -> None:
     (model / "model.safetensors").unlink()
     ended = run(f"models.policy={model}")
-    refused(ended, "model.safetensors")
+    refused(ended, "holds no weights in safetensors format; save the model again in it")
 
 
 def test_pad_that_is_eos_gets_a_token_of_its_own(

@@ -94,7 +94,7 @@ def test_a_changed_file_of_the_mirror_is_noticed(tree: dict[str, Any], tmp_path:
 
 
 def test_a_model_that_is_there_is_checked_before_any_data(tree: dict[str, Any], tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json")
+    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json", "model.safetensors")
     graph = with_(tree, models__policy=str(folder))
     assert next(iter(graph)) == "base"
     assert graph["base"].inputs == {}
@@ -108,6 +108,7 @@ def test_a_model_that_is_there_is_checked_before_any_data(tree: dict[str, Any], 
         (None, "there is no model folder"),
         ((), "it has no config.json"),
         (("config.json", "tokenizer_config.json"), "holds no tokenizer"),
+        (("config.json", "tokenizer.json", "pytorch_model.bin"), "holds no weights in safetensors format"),
     ],
 )
 def test_model_folders_that_are_none(
@@ -147,7 +148,7 @@ def test_local_input_that_is_not_there(
 
 
 def test_reward_model_with_a_base_of_its_own(tree: dict[str, Any], tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json")
+    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json", "model.safetensors")
     graph = with_(tree, models__reward=str(folder))
     assert graph["reward"].inputs["base"] == "reward-base"
     assert graph["reward-base"].stage == "base"

@@ -1,0 +1,215 @@
+"""From prompts to experience: answers sampled from the policy, scored by all four networks.
+
+    prompts -> rollout -> log-probabilities of policy and reference, values, rewards -> advantages and returns
+
+A pool holds the experience of several rollouts, padded to one shape; a mini-batch of it is cut back to its own lengths.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tasks.config import PPOConfig
+from tasks.training.advantages import Moments, explained_variance, gae, token_rewards, whiten
+from tasks.training.batches import at, chunks, left_padded
+from tasks.training.job import Job, NotFiniteError
+from tasks.training.kl import kl_estimate
+from tasks.training.ranks import all_sum, any_rank, rank
+from tasks.training.rollout import generate
+from tasks.training.types import Engine, Experience, Rollout, Sequences
+
+
+class Networks(NamedTuple):
+    """The four networks of PPO and the tokens that they agree on."""
+
+    policy: Engine
+    critic: Engine
+    reference: Any
+    reward_model: Any
+    score_mean: float
+    """Subtracted from the reward model's scores: 0 is as good as the held-out chosen answers."""
+    eos: int
+    pad: int
+
+
+class Scored(NamedTuple):
+    """A rollout with what the networks say of it. [B, R] fp32 but for the rewards, [B]."""
+
+    rollout: Rollout
+    logprobs: Tensor
+    entropy: Tensor
+    reference: Tensor
+    values: Tensor
+    scores: Tensor
+
+
+def sample(job: Job, config: PPOConfig, networks: Networks, prompts: list[list[int]], rollout_number: int) -> Rollout:
+    """Answers of the policy. The randomness is that of (seed, rollout, rank), so a resumed run samples the same."""
+    module = networks.policy.module
+    module.eval()
+    generator = torch.Generator(job.device).manual_seed(use_seed(job, rollout_number, 0))
+    rollout = generate(
+        module.model,
+        left_padded(prompts, networks.pad, job.device),
+        job.config["max_answer_tokens"],
+        networks.eos,
+        networks.pad,
+        config.sampling.temperature,
+        generator,
+        all_done=lambda done: not any_rank(not done, job.device),
+    )
+    module.train()
+    return rollout
+
+
+@torch.no_grad()
+def score(config: PPOConfig, networks: Networks, rollout: Rollout) -> Scored:
+    """What the networks say of a rollout, a micro-batch at a time."""
+    rows = len(rollout.answer_mask)
+    start = answers_start(rollout.answer_mask, rollout.sequences)
+    parts = [
+        _score_part(config, networks, rows_of(rollout.sequences, part), start)
+        for part in chunks(range(rows), config.micro_batch_size)
+    ]
+    logprobs, entropy, reference, values, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not bool(torch.isfinite(scores).all()):
+        raise NotFiniteError("the reward model gave a score that is no number; its training diverged, see stage reward")
+    return Scored(rollout, logprobs, entropy, reference, values, scores - networks.score_mean)
+
+
+@torch.no_grad()
+def experience_of(
+    config: PPOConfig, scored: Scored, kl_coef: float, moments: Moments | None
+) -> tuple[Experience, dict[str, float]]:
+    """Advantages and returns of a scored rollout, and its metrics over all ranks.
+
+    Args:
+        kl_coef: weight of the KL penalty.
+        moments: of the scores so far, these included, by which they are normalised; None: as they are.
+    """
+    rollout, mask = scored.rollout, scored.rollout.answer_mask
+    rewards = scored.scores if moments is None else (scored.scores - moments.mean) / moments.std
+    if config.reward_clip is not None:
+        rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
+    rewards = rewards - config.missing_eos_penalty * (~rollout.ended).float()
+    kl = torch.where(mask, kl_estimate(scored.logprobs, scored.reference, config.kl_estimator), 0.0)
+    per_token = token_rewards(rewards, kl, mask, kl_coef)
+    advantages, returns = gae(per_token, scored.values, mask, config.gamma, config.gae_lambda)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask, all_sum)
+    experience = Experience(rollout.sequences, mask, scored.logprobs, scored.values, advantages, returns)
+    return experience, _metrics(scored, kl, returns)
+
+
+def _metrics(scored: Scored, kl: Tensor, returns: Tensor) -> dict[str, float]:
+    rollout, mask = scored.rollout, scored.rollout.answer_mask
+    per_answer = means(
+        {
+            "ppo/reward": scored.scores,
+            "ppo/kl": kl.sum(1),
+            "ppo/answer_tokens": mask.sum(1).float(),
+            "ppo/eos_rate": rollout.ended.float(),
+            "ppo/distinct_2": distinct_2(rollout),
+            "ppo/reward_squared": scored.scores.square(),
+        }
+    )
+    variance = per_answer.pop("ppo/reward_squared") - per_answer["ppo/reward"] ** 2
+    gap = (scored.logprobs - rollout.logprobs).abs()
+    per_token = means_of_tokens({"ppo/entropy": scored.entropy, "rollout/logprob_gap": gap}, mask)
+    return {
+        **per_answer,
+        **per_token,
+        "ppo/reward_std": math.sqrt(max(variance, 0.0)),
+        "ppo/explained_variance": explained_variance(scored.values, returns, mask, all_sum),
+    }
+
+
+def distinct_2(rollout: Rollout) -> Tensor:
+    """The share of each answer's pairs of neighbouring tokens that are different ones; 1 without pairs. Returns [B]."""
+    ids = rollout.sequences.input_ids[:, -rollout.answer_mask.shape[1] :]
+    shares = []
+    for row, mask in zip(ids.tolist(), rollout.answer_mask.tolist(), strict=True):
+        answer = [token for token, kept in zip(row, mask, strict=True) if kept]
+        pairs = list(pairwise(answer))
+        shares.append(len(set(pairs)) / len(pairs) if pairs else 1.0)
+    return torch.tensor(shares, device=ids.device)
+
+
+def pooled(parts: Sequence[Experience]) -> Experience:
+    """The experience of several rollouts as one, padded to the longest prompt and the longest answer."""
+    prompt = max(answers_start(part.answer_mask, part.sequences) for part in parts)
+    answer = max(part.answer_mask.shape[1] for part in parts)
+
+    def padded(part: Experience) -> Experience:
+        left = prompt - answers_start(part.answer_mask, part.sequences)
+        right = answer - part.answer_mask.shape[1]
+        whole = Sequences(*(F.pad(column, (left, right)) for column in part.sequences))
+        return Experience(whole, *(F.pad(column, (0, right)) for column in part[1:]))
+
+    same = [padded(part) for part in parts]
+    sequences = Sequences(*(torch.cat(column) for column in zip(*(part.sequences for part in same), strict=True)))
+    return Experience(sequences, *(torch.cat(column) for column in zip(*(part[1:] for part in same), strict=True)))
+
+
+def experience_rows(experience: Experience, rows: Tensor) -> Experience:
+    """Some rows of a pool, without the columns that are padding in all of them."""
+    index = rows.to(experience.answer_mask.device)
+    mask = experience.answer_mask[index]
+    sequences = rows_of(experience.sequences, index)
+    prompt = answers_start(mask, sequences)
+    answer = int(mask.any(0).sum())
+    left = prompt - int(sequences.attention_mask[:, :prompt].any(0).sum())
+    sequences = Sequences(*(column[:, left : prompt + answer] for column in sequences))
+    return Experience(sequences, *(column[index, :answer] for column in experience[1:]))
+
+
+def _score_part(
+    config: PPOConfig, networks: Networks, sequences: Sequences, start: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    policy = networks.policy(sequences, start, config.sampling.temperature, with_entropy=True)
+    reference = networks.reference(sequences, start, config.sampling.temperature).logprobs
+    values = networks.critic(sequences)[:, start - 1 : -1]
+    scores = at(networks.reward_model(sequences), last_token(sequences.attention_mask))
+    return policy.logprobs, policy.entropy, reference, values, scores
+
+
+def last_token(attention_mask: Tensor) -> Tensor:
+    """Position of each row's last real token. [B, T] bool -> [B] int64."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask, places, -1).amax(1)
+
+
+def answers_start(answer_mask: Tensor, sequences: Sequences) -> int:
+    """P: where the answers begin in every row."""
+    return sequences.input_ids.shape[1] - answer_mask.shape[1]
+
+
+def rows_of(sequences: Sequences, rows: Any) -> Sequences:
+    """Some rows."""
+    index = torch.as_tensor(rows, device=sequences.input_ids.device)
+    return Sequences(*(part[index] for part in sequences))
+
+
+def means(values: dict[str, Tensor]) -> dict[str, float]:
+    """Means of [B] tensors over all ranks' rows."""
+    count = torch.tensor(float(len(next(iter(values.values())))))
+    sums = all_sum(torch.stack([value.double().sum() for value in values.values()]))
+    total = all_sum(count.to(sums))
+    return {name: float(value / total) for name, value in zip(values, sums, strict=True)}
+
+
+def means_of_tokens(values: dict[str, Tensor], mask: Tensor) -> dict[str, float]:
+    """Means of [B, R] tensors over all ranks' unmasked tokens."""
+    sums = [torch.where(mask, value, 0.0).double().sum() for value in values.values()]
+    *totals, count = all_sum(torch.stack([*sums, mask.sum().double()]))
+    return {name: float(total / count) for name, total in zip(values, totals, strict=True)}
+
+
+def use_seed(job: Job, number: int, use: int) -> int:
+    """A seed for one use of randomness in one rollout or pass on one rank."""
+    return ((job.config["seed"] * 1_000_003 + number) * 1_009 + rank()) * 101 + use

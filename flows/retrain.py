@@ -161,7 +161,7 @@ def _last_rows(outcome: Outcome) -> list[StepRow]:
     """The lines of the steps that leave no stage directory."""
     lines = []
     if made := outcome.registration:
-        metric = f"{made.policy} {made.policy_version}, {made.reward} {made.reward_version}"
+        metric = ", ".join(f"{name} {number}" for name, number in made.versions.items())
         lines.append(StepRow("register", 0.0, made.cached, metric))
     if outcome.verdict:
         lines.append(StepRow("promote", 0.0, False, "promoted" if outcome.verdict.promoted else "champion unchanged"))
@@ -171,7 +171,7 @@ def _last_rows(outcome: Outcome) -> list[StepRow]:
 def _versions(store: tracking.Store, registration: Registration | None) -> dict[str, str]:
     if registration is None:
         return {}
-    numbers = {registration.policy: registration.policy_version, registration.reward: registration.reward_version}
+    numbers = registration.versions
     aliases = {name: tracking.find_version(store, name, number).aliases for name, number in numbers.items()}
     return {name: f"{number} ({', '.join(aliases[name]) or 'no alias'})" for name, number in numbers.items()}
 

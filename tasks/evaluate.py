@@ -1,9 +1,10 @@
 """Which of two policies answers better: both answer the same held-out prompts, the reward model scores the answers.
 
-`evaluate` sets PPO against SFT and is absolute: nothing in it depends on what serves now. `compare` sets the candidate
-against the present champion; it reads the candidate's answers from `evaluate` and adds the champion's. Prompts are
-paired and each batch's randomness is its own, so the same model gives the same answers in both. A champion may have a
-tokenizer and chat template of its own: it is asked in its own words, and judged by the text of its answers.
+`evaluate` sets PPO against SFT, and the moving average of PPO's weights against its last, and is absolute: nothing in
+it depends on what serves now. `compare` sets the candidate against the present champion; it reads the candidate's
+answers from `evaluate` and adds the champion's. Prompts are paired and each batch's randomness is its own, so the same
+model gives the same answers in both. A champion may have a tokenizer and chat template of its own: it is asked in its
+own words, and judged by the text of its answers.
 """
 
 import json
@@ -45,14 +46,14 @@ def run(job: Job) -> dict[str, Any]:
         pair, panel = ("ppo", "champion"), Panel(judge, tokenizer, None)
     else:
         rows = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
-        names = {"sft": tokenizer, "ppo": tokenizer}
+        names = {name: tokenizer for name in ("sft", "ppo", "ema") if name in job.inputs}
         pair, panel = ("ppo", "sft"), Panel(judge, tokenizer, _policy(job.inputs["sft"], job, config))
     for place, (name, own) in enumerate(names.items()):
         contestant = Contestant(name, _policy(job.inputs[name], job, config), own)
         columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
     write_rows(job.directory / ANSWERS, rows)
-    return summary(rows, pair)
+    return summary(rows, pair) | (against_last(rows) if "ema" in names else {})
 
 
 @dataclass(frozen=True)
@@ -157,22 +158,35 @@ def translated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
 def summary(rows: Sequence[dict[str, Any]], pair: tuple[str, str]) -> dict[str, Any]:
     """Win rate of the first over the second (ties count half) with its 95 % interval, and means per model."""
     first, second = pair
+    rate, interval = win_rate(rows, first, second)
+    result: dict[str, Any] = {"prompts": len(rows), "win_rate": rate, "win_rate_interval": interval}
+    return result | measured(rows, first) | measured(rows, second)
+
+
+def against_last(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How the moving average of the policy's weights does against its last weights."""
+    rate, interval = win_rate(rows, "ema", "ppo")
+    return {"ema_win_rate": rate, "ema_win_rate_interval": interval, **measured(rows, "ema")}
+
+
+def win_rate(rows: Sequence[dict[str, Any]], first: str, second: str) -> tuple[float, float]:
+    """The share of prompts that the first wins, ties as half, and the half-width of its 95 % interval (normal)."""
     wins = [_win(row[f"{first}_reward"], row[f"{second}_reward"]) for row in rows]
     rate = sum(wins) / len(wins)
     variance = sum((win - rate) ** 2 for win in wins) / len(wins)
-    result: dict[str, Any] = {
-        "prompts": len(rows),
-        "win_rate": rate,
-        "win_rate_interval": 1.96 * math.sqrt(variance / len(wins)),
-    }
-    for name in pair:
-        for measured in ("reward", "true_score", "tokens", "ended", "kl"):
-            key = f"{name}_{measured}"
-            if key in rows[0]:
-                values = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
-                result[f"{name}_{'eos_rate' if measured == 'ended' else measured}"] = float(values.mean())
-                if measured in ("reward", "true_score"):
-                    result[f"{key}_std"] = float(values.std())
+    return rate, 1.96 * math.sqrt(variance / len(wins))
+
+
+def measured(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Means over a model's answers."""
+    result = {}
+    for measure in ("reward", "true_score", "tokens", "ended", "kl"):
+        key = f"{name}_{measure}"
+        if key in rows[0]:
+            values = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
+            result[f"{name}_{'eos_rate' if measure == 'ended' else measure}"] = float(values.mean())
+            if measure in ("reward", "true_score"):
+                result[f"{key}_std"] = float(values.std())
     return result
 
 

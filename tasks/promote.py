@@ -2,7 +2,7 @@
 
 The rule: a candidate becomes champion if it wins more than `promote.min_win_rate` of the held-out prompts, the first
 one against the SFT model it comes from, each later one against the present champion. A person may promote any version.
-The reward model follows its policy. What was decided, when and why stays as tags on the version.
+The reward model and the moving average follow their policy. What was decided, when and why stays as tags.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks import tracking
 from tasks.tracking import CHAMPION, Store, Version
 
-POLICY, REWARD = "-policy", "-reward"
+POLICY, REWARD, EMA = "-policy", "-reward", "-ema"
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def promote(store: Store, name: str, version: int, judgement: Judgement | None =
         if champion is not None and _same(candidate, champion):
             return verdict  # what is recorded of its promotion stays
         if verdict.promoted:
-            reward = reward_version(store, candidate)
-            if reward is not None:
-                tracking.set_alias(store, reward.name, CHAMPION, reward.version)
+            for companion in companions(store, candidate):
+                tracking.set_alias(store, companion.name, CHAMPION, companion.version)
             # The policy last: whoever sees the new policy serve finds its reward model in place.
             tracking.set_alias(store, name, CHAMPION, version)
         tracking.tag_version(store, name, version, _verdict_tags(verdict, champion))
@@ -120,11 +119,15 @@ def resolve(store: Store, name: str) -> str:
     raise ValueError(f"There is no registered model {name}; {hint}: {', '.join(policies)}.")
 
 
-def reward_version(store: Store, policy: Version) -> Version | None:
-    """The version of the reward model that a policy was trained on, if it is registered."""
-    digest = policy.tags.get("input.reward.digest")
-    name = policy.name.removesuffix(POLICY) + REWARD
-    return next((v for v in tracking.versions(store, name) if digest and v.digest == digest), None)
+def companions(store: Store, policy: Version) -> list[Version]:
+    """The versions that follow a policy, as far as they are registered: its reward model, and its moving average."""
+    stem = policy.name.removesuffix(POLICY)
+    wanted = ((stem + REWARD, policy.tags.get("input.reward.digest")), (stem + EMA, policy.digest))
+    found = (
+        next((v for v in tracking.versions(store, name) if digest and v.digest == digest), None)
+        for name, digest in wanted
+    )
+    return [version for version in found if version is not None]
 
 
 def _verdict_tags(verdict: Verdict, champion: Version | None) -> dict[str, str]:

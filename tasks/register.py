@@ -3,7 +3,7 @@
 A registered version has a directory of its own, `register/<fingerprint>/`, of hard links to the stages' files: an
 MLmodel may not be written into a finished stage, and the model shall stay when the stage that made it is cleared away.
 
-    policy/  reward/      MLmodel, requirements.txt: what MLflow loads
+    policy/ reward/ ema/  MLmodel, requirements.txt: what MLflow loads
       model/              the plain Hugging Face folder: what transformers and vLLM load
       README.md           the model card
 """
@@ -45,9 +45,18 @@ class Registration:
     policy_version: int
     reward: str
     reward_version: int
+    ema: str | None
+    """The moving average of the policy's weights; None where the run kept none."""
+    ema_version: int | None
     directory: str
     cached: bool
-    """Both were registered before and their files are whole: nothing was done."""
+    """All were registered before and their files are whole: nothing was done."""
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Registered name -> version."""
+        names = {self.policy: self.policy_version, self.reward: self.reward_version}
+        return names | ({self.ema: self.ema_version} if self.ema and self.ema_version else {})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +64,7 @@ class Registration:
 
 @task(name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_models(store: tracking.Store, config: RunConfig, refs: Mapping[str, StageRef], run_id: str | None) -> Any:
-    """Register the models of a run as `NAME-policy` and `NAME-reward` with the alias `candidate`.
+    """Register the models of a run as `NAME-policy`, `NAME-reward` and `NAME-ema` with the alias `candidate`.
 
     Args:
         refs: the run's finished stages by key; ppo, reward and evaluate have to be there.
@@ -73,21 +82,54 @@ def register(
     """What `register_models` does, without Prefect."""
     stage = registration_stage(config, refs)
     folder = run(stage, lambda directory: _link_models(directory, config, refs))
-    policy, reward = policy_name(config.name), reward_name(config.name)
+    made = models(config, refs)
     # A version's files may have been made anew elsewhere, and another store knows nothing of it: ask this one.
-    before = {name: {version.digest for version in tracking.versions(store, name)} for name in (policy, reward)}
-    cached = folder.cached and refs["ppo"].digest in before[policy] and refs["reward"].digest in before[reward]
+    before = {model.name: {version.digest for version in tracking.versions(store, model.name)} for model in made}
+    cached = folder.cached and all(refs[model.stage].digest in before[model.name] for model in made)
     numbers = {}
-    for name, part, key in ((reward, "reward", "reward"), (policy, "policy", "ppo")):
-        tags = version_tags(refs, key)
-        summary = _summary(refs, key)
-        numbers[name] = tracking.register_version(
-            store, name, folder.directory / part, run_id, tags, description="\n".join(summary)
-        )
-        held = tracking.alias(store, name, tracking.CANDIDATE)
-        if held is None or held.version != numbers[name]:
-            tracking.set_alias(store, name, tracking.CANDIDATE, numbers[name])
-    return Registration(policy, numbers[policy], reward, numbers[reward], folder.path, cached)
+    for model in made:
+        tags = version_tags(refs, model.stage)
+        description = "\n".join(_summary(refs, model))
+        number = tracking.register_version(store, model.name, folder.directory / model.part, run_id, tags, description)
+        held = tracking.alias(store, model.name, tracking.CANDIDATE)
+        if held is None or held.version != number:
+            tracking.set_alias(store, model.name, tracking.CANDIDATE, number)
+        numbers[model.part] = number
+    ema = ema_name(config.name) if "ema" in numbers else None
+    return Registration(
+        policy_name(config.name),
+        numbers["policy"],
+        reward_name(config.name),
+        numbers["reward"],
+        ema,
+        numbers.get("ema"),
+        folder.path,
+        cached,
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a run registers."""
+
+    name: str
+    part: str
+    """Folder in the registration's directory."""
+    stage: str
+    """Key of the stage that made it."""
+    folder: str
+    """Where in that stage's directory."""
+    pipeline: str
+    purpose: str
+
+
+def models(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Model]:
+    """What a run registers, the policy last: whoever sees a new policy finds what belongs to it in place."""
+    generation = "text-generation"
+    reward = Model(reward_name(config.name), "reward", "reward", "model", "text-classification", PURPOSES["reward"])
+    ema = Model(ema_name(config.name), "ema", "ppo", "ema", generation, PURPOSES["ema"])
+    policy = Model(policy_name(config.name), "policy", "ppo", "model", generation, PURPOSES["policy"])
+    return [reward, *([ema] if (refs["ppo"].directory / "ema").is_dir() else []), policy]
 
 
 def registration_stage(config: RunConfig, refs: Mapping[str, StageRef]) -> Stage:
@@ -97,11 +139,13 @@ def registration_stage(config: RunConfig, refs: Mapping[str, StageRef]) -> Stage
 
 
 def registered_already(store: tracking.Store, config: RunConfig, refs: Mapping[str, StageRef]) -> bool:
-    """Whether `register` would find both models registered in this store and their files whole (for the plan)."""
+    """Whether `register` would find all models registered in this store and their files whole (for the plan)."""
     if finished(registration_stage(config, refs)) is None:
         return False
-    pairs = ((policy_name(config.name), "ppo"), (reward_name(config.name), "reward"))
-    return all(refs[key].digest in {v.digest for v in tracking.versions(store, name)} for name, key in pairs)
+    return all(
+        refs[model.stage].digest in {version.digest for version in tracking.versions(store, model.name)}
+        for model in models(config, refs)
+    )
 
 
 def policy_name(name: str) -> str:
@@ -112,6 +156,11 @@ def policy_name(name: str) -> str:
 def reward_name(name: str) -> str:
     """The registered name of a run's reward model."""
     return f"{name}-reward"
+
+
+def ema_name(name: str) -> str:
+    """The registered name of the moving average of a run's policy."""
+    return f"{name}-ema"
 
 
 def version_tags(refs: Mapping[str, StageRef], key: str) -> dict[str, str]:
@@ -133,23 +182,22 @@ def version_tags(refs: Mapping[str, StageRef], key: str) -> dict[str, str]:
 
 
 def _link_models(directory: Path, config: RunConfig, refs: Mapping[str, StageRef]) -> dict[str, Any]:
-    """Write policy/ and reward/."""
-    parts = (
-        ("policy", "ppo", "text-generation", policy_name(config.name)),
-        ("reward", "reward", "text-classification", reward_name(config.name)),
-    )
-    for part, key, pipeline, name in parts:
-        folder = directory / part
-        _link_tree(refs[key].directory / "model", folder / "model")
-        tracking.describe_model(folder, pipeline)
-        lineage = _lineage(refs, key) | {"model": refs[key]}
-        (folder / "README.md").write_text(card(name, PURPOSES[key], _measured(refs, key), lineage))
-    sizes = {part: sum(f.stat().st_size for f in (directory / part / "model").iterdir()) for part, *_ in parts}
-    return {f"{part}_bytes": size for part, size in sizes.items()}
+    """Write a folder per model."""
+    sizes = {}
+    for model in models(config, refs):
+        folder = directory / model.part
+        made = refs[model.stage]
+        _link_tree(made.directory / model.folder, folder / "model")
+        tracking.describe_model(folder, model.pipeline)
+        lineage = _lineage(refs, model.stage) | {"model": made}
+        (folder / "README.md").write_text(card(model.name, model.purpose, _measured(refs, model.stage), lineage))
+        sizes[f"{model.part}_bytes"] = sum(file.stat().st_size for file in (folder / "model").iterdir())
+    return sizes
 
 
 PURPOSES = {
-    "ppo": "A chat model: fine-tuned on preferred answers, then trained with PPO on a reward model's score.",
+    "policy": "A chat model: fine-tuned on preferred answers, then trained with PPO on a reward model's score.",
+    "ema": "A chat model: the moving average of a policy's weights during PPO.",
     "reward": "A reward model: scores an answer to a prompt; higher is what people preferred.",
 }
 
@@ -165,10 +213,10 @@ def _measured(refs: Mapping[str, StageRef], key: str) -> list[tuple[str, Any]]:
     return [(name.replace("_", " "), value) for name, value in figures.items() if isinstance(value, int | float)]
 
 
-def _summary(refs: Mapping[str, StageRef], key: str) -> list[str]:
+def _summary(refs: Mapping[str, StageRef], model: Model) -> list[str]:
     """The description of a version in the registry."""
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in _measured(refs, key)[:8])
-    return [PURPOSES[key], "", f"Measured: {measured}." if measured else "Not measured."]
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in _measured(refs, model.stage)[:8])
+    return [model.purpose, "", f"Measured: {measured}." if measured else "Not measured."]
 
 
 def _link_tree(source: Path, target: Path) -> None:

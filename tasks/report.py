@@ -127,6 +127,9 @@ def tiles(refs: Mapping[str, StageRef]) -> list[tuple[str, str, str]]:
             found.append((label, f"{gain:+.2f} std", f"{before:.2f} → {after:.2f}, std of SFT's answers"))
     if "ppo_kl" in evaluated:
         found.append(("KL to the SFT model", f"{evaluated['ppo_kl']:.2f}", "nats per answer"))
+    if "ema_win_rate" in evaluated:
+        note = f"± {evaluated['ema_win_rate_interval'] * 100:.1f}, moving average of the weights"
+        found.append(("EMA wins against PPO", percent(evaluated["ema_win_rate"]), note))
     if "accuracy" in reward:
         alone = reward.get("length_accuracy")
         found.append(

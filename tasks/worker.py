@@ -114,6 +114,8 @@ def model_inputs(inputs: Mapping[str, str]) -> dict[str, Path]:
     """Stage directories -> what the stage reads: models become their folders, `tokenizer` is that of base or SFT."""
     paths = {name: Path(path) for name, path in inputs.items()}
     folders = {name: model_folder(path) if name in MODELS else path for name, path in paths.items()}
+    if "ppo" in paths and (paths["ppo"] / "ema").is_dir():
+        folders["ema"] = paths["ppo"] / "ema"
     for name in ("base", "sft"):
         if name in paths:
             own = paths[name] / "tokenizer"

@@ -6,6 +6,7 @@ import pytest
 
 from tasks import tracking
 from tasks.config import parse
+from tasks.promote import Judgement, promote
 from tasks.register import register, register_models, registered_already, registration_stage
 from tasks.stages import Stage, finished, run
 
@@ -70,6 +71,19 @@ def refs(store):
 
 
 @pytest.fixture
+def averaged(store, refs):
+    """The same run with a moving average beside the policy."""
+
+    def work(directory):
+        model_folder(directory / "model", "LlamaForCausalLM", "weights of ppo")
+        model_folder(directory / "ema", "LlamaForCausalLM", "average of ppo")
+        return {"kl": 3.0}
+
+    ppo = run(Stage("ppo", Path(store.workspace), {"ema": 1}, {"sft": refs["sft"], "reward": refs["reward"]}, ()), work)
+    return refs | {"ppo": ppo}
+
+
+@pytest.fixture
 def run_id(store, config):
     return tracking.start_run(store, config, {})
 
@@ -89,6 +103,17 @@ def test_both_models_are_registered_as_candidates_with_their_inputs(store, confi
     assert reward.tags["metric.accuracy"] == "0.9"
     assert "input.reward.digest" not in reward.tags
     assert tracking.alias(store, "demo-policy", "champion") is None
+
+
+def test_the_moving_average_is_registered_and_follows_its_policy(store, config, averaged, run_id):
+    made = register(store, config, averaged, run_id)
+    assert made.versions == {"demo-policy": 1, "demo-reward": 1, "demo-ema": 1}
+    weights = Path(made.directory) / "ema" / "model" / "model.safetensors"
+    assert os.path.samefile(weights, averaged["ppo"].directory / "ema" / "model.safetensors")
+    assert promote(store, "demo-policy", 1, Judgement(0.6, 0.5, None)).promoted
+    for name in made.versions:
+        assert tracking.alias(store, name, "champion").version == 1
+    assert register(store, config, averaged, run_id).cached
 
 
 def test_registered_folder_shares_the_weights_and_leaves_the_stage_whole(store, config, refs, run_id):

@@ -245,16 +245,17 @@ def fetch_version(store: Store, version: Version, folder: Path) -> dict[str, Any
     from mlflow.exceptions import MlflowException
 
     try:
-        download_artifacts(
-            f"models:/{version.name}/{version.version}",
-            dst_path=str(folder),
-            tracking_uri=store.uri,
-            registry_uri=store.uri,
-        )
+        # `models:/` would ask the registry of this process's default store, whatever store is given.
+        uri = _client(store.uri).get_model_version_download_uri(version.name, str(version.version))
+        fetched = Path(download_artifacts(uri, dst_path=str(folder), tracking_uri=store.uri))
     except (MlflowException, OSError) as error:
         raise ValueError(f"its files could not be fetched from {version.source} ({_first_line(error)})") from None
-    if not (folder / "model" / "config.json").is_file():
+    if not (fetched / "model" / "config.json").is_file():
         raise ValueError(f"{version.source} holds no model folder")
+    if fetched != folder:  # a folder of that name inside
+        for part in fetched.iterdir():
+            part.rename(folder / part.name)
+        fetched.rmdir()
     return {"files": sum(file.is_file() for file in folder.rglob("*"))}
 
 

@@ -1,0 +1,161 @@
+"""PPO in the worker: one that is killed in the middle ends with the same weights as one that is not, bit for bit."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from data_prep.conversation import Message
+from data_prep.tables import table_writer
+from data_prep.tokenise import SCHEMAS
+from data_prep.tokenizer import prompt_ids
+from tasks.base import train_tokenizer
+from tasks.config import PPOConfig
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
+PPO = {
+    "steps": 6,
+    "generation_batches": 2,
+    "rollout_batch_size": 4,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "epochs": 2,
+    "kl_target": 2.0,
+    "kl_horizon": 50,
+    "normalise_rewards": True,
+    "ema_decay": 0.8,
+    "checkpoint_every": 2,
+    "policy_optimizer": {"learning_rate": 0.01},
+    "critic_optimizer": {"learning_rate": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SFT, reward model and prompts, tiny."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = train_tokenizer(iter(TEXTS), 300)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=1,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    for name, model_class in (("sft", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        model_class(config).save_pretrained(folder / name / "model")
+        tokenizer.save_pretrained(folder / name / "model")
+    (folder / "data").mkdir()
+    with table_writer(folder / "data" / "ppo-train.arrow", SCHEMAS["ppo"]) as writer:
+        for number in range(12):
+            messages = [Message(role="user", content=f"{TEXTS[number % 3]} {number}")]
+            writer.append({"prompt": prompt_ids(tokenizer, messages), "messages": messages, "source": "mine"})
+    return {name: folder / name for name in ("data", "sft", "reward")}
+
+
+def start(directory: Path, inputs: dict[str, Path], processes: int, stage: int) -> list[subprocess.Popen[str]]:
+    """The ranks of a PPO stage in `directory`, which may hold a checkpoint."""
+    engines = {f"{name}_engine": {"precision": "fp32", "zero_stage": stage} for name in ("policy", "critic")}
+    frozen = {f"{name}_engine": {"precision": "fp32", "zero_stage": stage} for name in ("reference", "reward")}
+    spec: dict[str, Any] = {
+        "stage": "ppo",
+        "config": {
+            "ppo": PPOConfig(**PPO, **engines, **frozen).model_dump(mode="json"),
+            "seed": 3,
+            "max_answer_tokens": 8,
+        },
+        "inputs": {name: str(path) for name, path in inputs.items()},
+        "device": "cpu",
+        "tracking": None,
+    }
+    (directory / "records").mkdir(parents=True, exist_ok=True)
+    (directory / "records" / "config.json").write_text(json.dumps(spec))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in own.items()}
+        command = [sys.executable, "-m", "tasks.worker", "ppo", str(directory)]
+        ranks.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        )
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> None:
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs[0][-3000:]
+
+
+def kill_after_step(directory: Path, ranks: list[subprocess.Popen[str]], step: int) -> None:
+    """SIGKILL all ranks as soon as the metrics of a step are there: in the midst of the next rollout or update."""
+    rows = directory / "records" / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while not (rows.exists() and len(rows.read_text().splitlines()) >= step):
+        assert time.monotonic() < end
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-3000:]
+        time.sleep(0.005)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    for rank in ranks:
+        rank.communicate()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 3)], ids=["one process", "two processes, ZeRO-3"])
+def test_a_killed_ppo_ends_with_the_same_weights(
+    tmp_path: Path, inputs: dict[str, Path], processes: int, stage: int
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start(whole, inputs, processes, stage))
+    ranks = start(parts, inputs, processes, stage)
+    kill_after_step(parts, ranks, 3)
+    latest = json.loads((parts / "checkpoints" / "latest.json").read_text())
+    assert latest["step"] == 2
+    finish(start(parts, inputs, processes, stage))
+    reports = [json.loads((folder / "records" / "report.json").read_text()) for folder in (whole, parts)]
+    for name in ("reward", "kl", "entropy", "eos_rate"):
+        assert reports[0][name] == reports[1][name]
+    for model in ("model", "ema", "critic"):
+        undisturbed, resumed = (load_file(folder / model / "model.safetensors") for folder in (whole, parts))
+        assert undisturbed.keys() == resumed.keys()
+        assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    policy, ema = (load_file(whole / model / "model.safetensors") for model in ("model", "ema"))
+    start_weights = load_file(inputs["sft"] / "model" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(policy[name], start_weights[name])
+    distances = [float((weights[name] - start_weights[name]).norm()) for weights in (ema, policy)]
+    assert 0 < distances[0] < distances[1]
+
+
+@pytest.mark.timeout(600)
+def test_zero_3_takes_the_steps_of_no_zero(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    histories = []
+    for stage in (0, 3):
+        directory = tmp_path / str(stage)
+        finish(start(directory, inputs, 2, stage))
+        rows = (directory / "records" / "metrics.jsonl").read_text().splitlines()
+        histories.append([json.loads(row) for row in rows])
+    for whole, partitioned in zip(*histories, strict=True):
+        for name in ("ppo/reward", "ppo/kl", "ppo/policy_loss", "ppo/value_loss", "ppo/critic_grad_norm"):
+            assert whole[name] == pytest.approx(partitioned[name], rel=2e-2, abs=1e-3), name

@@ -153,7 +153,7 @@ def test_a_failing_rank_gives_its_code_and_its_last_words(start: Any, processes:
     cell = start(processes, "fails")
     outcome = cell.outcome()
     assert outcome["exit_code"] == 3
-    assert outcome["tail"][-1] == "the reason of the failure"
+    assert "the reason of the failure" in outcome["tail"][-2:]  # another rank may have the last word
     assert cell.seconds_until_gone(0.5) < 0.5
 
 

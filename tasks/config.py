@@ -248,8 +248,6 @@ class PPOConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     checkpoint_every: Positive = 20
     """Pools between checkpoints."""
-    samples_every: Positive = 20
-    """Pools between tables of sample answers."""
     policy_engine: EngineConfig = EngineConfig()
     critic_engine: EngineConfig = EngineConfig()
     reference_engine: EngineConfig = EngineConfig()

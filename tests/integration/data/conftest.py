@@ -1,4 +1,4 @@
-"""A server that speaks as much of the Hugging Face hub's API as its client needs to download a set, with faults to order."""
+"""A server that speaks enough of the Hugging Face hub API for its client to download a set, with faults to order."""
 
 import hashlib
 import json

@@ -4,15 +4,18 @@ Prefect itself knows neither GPUs nor launchers. The block says how many process
 `launch()` turns that into what `infra.launch.run` takes.
 """
 
+import math
 import os
 from typing import Literal, Self
 
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.types import SecretDict
 from pydantic import Field, model_validator
 
-from infra.launch import Launch
+from infra.launchers import Launch, Launcher
 from infra.machine import cores, gpu_count
 from infra.shipped import SHIPPED, unknown_name
 
@@ -24,27 +27,53 @@ class GpuInfrastructure(Block):
     _block_type_slug = "gpu-infrastructure"
     _description = "Where and with which launcher, GPUs and environment rlhf-flows starts its training processes."
 
-    launcher: Literal["torchrun"] = Field(default="torchrun", description="What starts the processes of a step.")
-    nodes: int = Field(default=1, ge=1, le=1, description="Machines per step.")
+    launcher: Launcher = Field(
+        default="torchrun",
+        description="What starts the processes of a step: torchrun or deepspeed on this machine, or slurm (srun).",
+    )
+    nodes: int = Field(default=1, ge=1, description="Machines per step; more than one with slurm.")
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="What the processes compute on.")
     gpus_per_node: int = Field(default=0, ge=0, description="GPUs per machine, with one process each; 0 on a CPU.")
     processes_per_node: int | None = Field(
         default=None, ge=1, description="Processes per machine on a CPU. Leave it empty with GPUs."
     )
     gpu_indices: list[int] | None = Field(
-        default=None, description="Which GPUs, by nvidia-smi's numbers. Empty: the first ones."
+        default=None, description="Which GPUs, by nvidia-smi's numbers. Empty: whichever are free."
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables that anyone may read.")
     secret_env: SecretDict = Field(
         default=SecretDict({}), description="Environment variables that are masked in the UI and in logs."
     )
-    work_pool: str | None = Field(default=None, description="The work pool of deployments that use this block.")
+    slurm_options: list[str] = Field(
+        default_factory=list, description="Further options of srun, such as --partition=gpu or --account=lab."
+    )
+    work_pool: str | None = Field(
+        default=None, description="The work pool of deployments that use this block, unless they name another."
+    )
     grace_seconds: float = Field(
         default=20.0, ge=0, le=25, description="Time for a checkpoint when a run is stopped. Prefect kills after 30 s."
+    )
+    stall_minutes: float | None = Field(
+        default=30.0,
+        gt=0,
+        description="A step that says nothing for so long leaves its stacks in the log, is stopped and goes on from "
+        "its checkpoint. Empty: never.",
     )
     threads_per_process: int | None = Field(
         default=None, ge=1, description="CPU threads per process. Empty: the cores shared out evenly."
     )
+
+    @model_validator(mode="after")
+    def _launcher_fits(self) -> Self:
+        if self.launcher != "slurm" and self.nodes > 1:
+            raise ValueError(
+                f"launcher {self.launcher} starts the processes of one machine: use slurm, or set nodes to 1."
+            )
+        if self.launcher != "slurm" and self.slurm_options:
+            raise ValueError("slurm_options are set but the launcher is not slurm: choose it, or remove them.")
+        if self.launcher == "slurm" and self.gpu_indices is not None:
+            raise ValueError("Slurm itself chooses the GPUs: leave gpu_indices empty.")
+        return self
 
     @model_validator(mode="after")
     def _devices_fit(self) -> Self:
@@ -71,21 +100,27 @@ class GpuInfrastructure(Block):
     def launch(self) -> Launch:
         """What `infra.launch.run` takes; ValueError if this machine hasn't the GPUs."""
         threads = self.threads_per_process or max(1, cores() // self.processes)
-        env = {"OMP_NUM_THREADS": str(threads), **self._device_env(), **self.env, **self._secrets()}
-        return Launch(processes=self.processes, env=env, grace_seconds=self.grace_seconds)
+        return Launch(
+            launcher=self.launcher,
+            nodes=self.nodes,
+            processes=self.processes,
+            gpus=self._gpus() if self.device == "cuda" and self.launcher != "slurm" else (),
+            env={"OMP_NUM_THREADS": str(threads), **self._device_env(), **self.env, **self._secrets()},
+            options=tuple(self.slurm_options),
+            grace_seconds=self.grace_seconds,
+            stall_seconds=60 * self.stall_minutes if self.stall_minutes else math.inf,
+        )
 
     def _device_env(self) -> dict[str, str]:
         if self.device == "cpu":
             return {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         # Without the order CUDA counts the fastest GPU as 0, and nvidia-smi the one in the first slot.
-        return {"DS_ACCELERATOR": "cuda", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self._gpus()}
+        return {"DS_ACCELERATOR": "cuda", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
-    def _gpus(self) -> str:
-        allowed = _allowed_gpus()
-        if self.gpu_indices is None:
-            chosen = allowed[: self.gpus_per_node]
-        else:
-            chosen = [str(index) for index in self.gpu_indices if str(index) in allowed]
+    def _gpus(self) -> tuple[str, ...]:
+        """The GPUs that a step may lease."""
+        allowed = allowed_gpus()
+        chosen = allowed if self.gpu_indices is None else [str(i) for i in self.gpu_indices if str(i) in allowed]
         if len(chosen) < self.gpus_per_node:
             wanted = f"GPU {self.gpu_indices}" if self.gpu_indices else f"{self.gpus_per_node} GPU(s)"
             found = f"only GPU {', '.join(allowed)}" if allowed else "none"
@@ -93,13 +128,13 @@ class GpuInfrastructure(Block):
                 f"the infrastructure asks for {wanted} and this machine shows {found}: choose another one "
                 "(infrastructure: local-cpu needs no GPU), or check `nvidia-smi -L` and CUDA_VISIBLE_DEVICES."
             )
-        return ",".join(chosen)
+        return tuple(chosen)
 
     def _secrets(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.secret_env.get_secret_value().items()}
 
 
-def _allowed_gpus() -> list[str]:
+def allowed_gpus() -> list[str]:
     """The GPUs that this process may hand out, as CUDA_VISIBLE_DEVICES names them."""
     present = gpu_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -138,3 +173,20 @@ def register() -> list[str]:
     for name, fields in SHIPPED.items():
         GpuInfrastructure(**fields).save(name, overwrite=True)
     return list(SHIPPED)
+
+
+def available() -> dict[str, tuple[GpuInfrastructure, bool]]:
+    """Name -> block and whether it is saved in Prefect, of all that a run can name. Shipped ones need no server."""
+    found = {name: (GpuInfrastructure(**fields), False) for name, fields in SHIPPED.items()}
+    if PREFECT_API_URL.value() is not None:
+        try:
+            with get_client(sync_client=True) as client:
+                documents = client.read_block_documents_by_type("gpu-infrastructure", include_secrets=False)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 404:
+                raise
+            documents = []  # nothing was ever saved, so Prefect does not know the type
+        for name in sorted(document.name for document in documents if document.name):
+            if (saved := _load(name)) is not None:
+                found[name] = (saved, True)
+    return found

@@ -2,14 +2,18 @@
 
     flow process (run) -> supervisor -> python -m infra.rank MODULE ...                       one process
                                      -> torchrun -> python -m infra.rank MODULE ...  x N      several
+                                     -> deepspeed -> (as torchrun)
+                                     -> infra.slurm -> srun ... python -m infra.rank MODULE ...
 
-What a step prints goes to a log file and, line by line, to a callback. Two kinds of line are messages to the flow and
-are not logged: `@progress {json}`, and `@exit {json}`, with which each rank tells its exit code (torchrun's own code is
-1 whatever its ranks returned, and the flow has to tell 75, stopped after a checkpoint, from a failure).
+What a step prints goes to a log file and, line by line, to a callback. Three kinds of line are messages to the flow and
+are not logged: `@progress {json}`; `@start {json}` with each rank's pid; and `@exit {json}`, with which it tells its
+exit code (torchrun's own code is 1 whatever its ranks returned, and the flow has to tell 75, stopped after a
+checkpoint, from a failure).
+
+A step that says nothing for `launch.stall_seconds` is stalled: its ranks print their stacks, then it is stopped.
 """
 
 import json
-import math
 import os
 import select
 import signal
@@ -17,27 +21,22 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from infra.machine import free_port
-from infra.owned import OwnedProcess
-from infra.supervisor import PR_SET_PDEATHSIG, prctl
+from infra.launchers import Launch, command, environment
+from infra.leases import leased
+from infra.owned import TOKEN, OwnedProcess, processes_with
+from infra.supervisor import PR_SET_PDEATHSIG, prctl, send
 
 STOPPED = 75  # exit code of a rank that was asked to stop and has written a checkpoint: a retry resumes
 TAIL_LINES = 40
 PROGRESS = "@progress "
+START = "@start "
 EXIT = "@exit "
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How this machine starts a step; `GpuInfrastructure.launch()` makes one from a block."""
-
-    processes: int = 1
-    env: Mapping[str, str] = field(default_factory=dict)
-    grace_seconds: float = 20.0  # Prefect's worker kills the flow 30 s after it asked it to end
+DUMP_SIGNAL = signal.SIGUSR2  # a rank answers it with the stacks of its threads
+SECONDS_TO_DUMP = 3.0
 
 
 @dataclass(frozen=True)
@@ -47,28 +46,7 @@ class Outcome:
     exit_code: int
     tail: tuple[str, ...]  # the last lines of the log, up to the first rank's failure
     seconds: float
-
-
-def command(launch: Launch, module: str, arguments: Sequence[str]) -> list[str]:
-    """The command line that starts `python -m MODULE ARGUMENTS` once per process."""
-    rank = ["-m", "infra.rank", module, *arguments]
-    if launch.processes == 1:
-        return [sys.executable, *rank]  # torchrun would only add the seconds that importing torch takes
-    return [
-        *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={launch.processes}"],
-        "--local_addr=127.0.0.1",  # or the ranks look for this host's name, which a container may not resolve
-        *rank,
-    ]
-
-
-def environment(launch: Launch) -> dict[str, str]:
-    """The variables that the processes of a step need on top of the flow's own environment."""
-    shared = {"RLHF_GRACE_SECONDS": str(launch.grace_seconds), **launch.env}
-    if launch.processes > 1:
-        # torchrun kills its ranks this long after SIGTERM: the supervisor shall be the one that decides.
-        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(launch.grace_seconds) + 5), **shared}
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **shared}
+    stalled: bool = False  # it was stopped because it said nothing for `launch.stall_seconds`
 
 
 def run(
@@ -81,8 +59,11 @@ def run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_wait: Callable[[str], None] = print,
 ) -> Outcome:
     """Runs `python -m MODULE ARGUMENTS` in `launch.processes` processes and waits for the end.
+
+    First it waits until its GPUs are free, which `on_wait` is told; they are leased until no process is left.
 
     Call it in the main thread, where KeyboardInterrupt and Prefect's TerminationSignal are raised: whatever is raised
     here or in a callback, the processes get SIGTERM and `grace_seconds` for a checkpoint, and all are gone when `run`
@@ -92,17 +73,23 @@ def run(
     launch = launch or Launch()
     started = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as log_file:
+    holder = f"process {os.getpid()}, which writes {log}"
+    with leased(launch.gpus, launch.leases, holder=holder, on_wait=on_wait) as lease, log.open("ab") as log_file:
         process = OwnedProcess(
-            command(launch, module, arguments),
-            env={**environment(launch), **(env or {})},
+            command(launch, module, arguments, hostfile=log.with_suffix(".hosts")),
+            env={**environment(launch, lease.gpus), **(env or {})},
             cwd=cwd,
             grace_seconds=launch.grace_seconds,
+            keep=lease.descriptors,
         )
         output = _Output(process.stdout, log_file, on_line, on_progress)
+        stalled = False
         try:  # an interrupt before this line loses `process`, whose pipe then closes, which stops the command too
-            while process.exit_code is None:
+            while process.exit_code is None and not stalled:
                 output.read(0.2)
+                stalled = output.silent_seconds() > launch.stall_seconds
+            if stalled:
+                _dump_stacks(process, output)
             while output.read(0):
                 pass
         finally:
@@ -112,10 +99,21 @@ def run(
                 pass
             output.close()
     return Outcome(
-        exit_code=overall_exit_code(code, output.rank_codes, launch.processes),
+        exit_code=overall_exit_code(code, output.rank_codes, launch.world_size),
         tail=tuple(output.tail),
         seconds=time.monotonic() - started,
+        stalled=stalled,
     )
+
+
+def _dump_stacks(process: OwnedProcess, output: "_Output") -> None:
+    """Has the ranks of this machine print what they are doing into the log."""
+    for pid in set(processes_with(TOKEN, process.token)) & set(output.pids.values()):
+        send(pid, DUMP_SIGNAL)
+        send(pid, signal.SIGCONT)  # one that was stopped answers only when it goes on
+    give_up = time.monotonic() + SECONDS_TO_DUMP
+    while time.monotonic() < give_up:
+        output.read(0.1)
 
 
 def overall_exit_code(launcher: int, ranks: Mapping[int, int], processes: int) -> int:
@@ -146,6 +144,8 @@ class _Output:
     ) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.rank_codes: dict[int, int] = {}
+        self.pids: dict[int, int] = {}
+        self._heard = time.monotonic()
         self._pipe, self._log = pipe, log
         self._on_line, self._on_progress = on_line, on_progress
         self._partial = b""
@@ -156,6 +156,10 @@ class _Output:
     def mute(self) -> None:
         """From here on only the log is written."""
         self._on_line = self._on_progress = None
+
+    def silent_seconds(self) -> float:
+        """How long nothing has come."""
+        return time.monotonic() - self._heard
 
     def read(self, seconds: float) -> bool:
         """Takes what there is, waiting up to that time for it; False if there was nothing."""
@@ -168,6 +172,7 @@ class _Output:
         if not data:
             self._ended = True
             return False
+        self._heard = time.monotonic()
         # What is not handed on yet stays in _partial: a callback may raise in the middle, and the rest is still logged.
         self._partial += data
         while b"\n" in self._partial:
@@ -196,6 +201,8 @@ class _Output:
             self.rank_codes[fields["rank"]] = fields["code"]
             # The reason stands above this line; torchrun's own forty lines about it would push it out of the tail.
             self._tail_is_done |= fields["code"] not in (0, STOPPED)
+        elif kind == START:
+            self.pids[fields["rank"]] = fields["pid"]
         elif self._on_progress is not None:
             self._on_progress(fields)
 
@@ -208,7 +215,7 @@ class _Output:
 
 
 def _message(text: str) -> tuple[str, dict[str, Any]] | None:
-    for kind in (PROGRESS, EXIT):
+    for kind in (PROGRESS, START, EXIT):
         if text.startswith(kind):
             try:
                 fields = json.loads(text[len(kind) :])
@@ -221,6 +228,11 @@ def _message(text: str) -> tuple[str, dict[str, Any]] | None:
 def report_progress(fields: Mapping[str, Any]) -> None:
     """Called in a rank: hands `fields` to the `on_progress` of the flow."""
     _tell(PROGRESS, fields)
+
+
+def report_start() -> None:
+    """Called in a rank as the first thing: tells the flow which process it is."""
+    _tell(START, {"rank": int(os.environ.get("RANK", "0")), "pid": os.getpid()})
 
 
 def report_exit(code: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -29,8 +30,20 @@ def cores() -> int:
 
 def gpu_count() -> int:
     """The NVIDIA GPUs that the driver shows here; 0 without a driver."""
+    if (uuids := _listed()) is not None:
+        return len(uuids)
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
+
+
+def gpu_uuids() -> list[str]:
+    """The UUIDs of those GPUs, in nvidia-smi's order; none without nvidia-smi."""
+    return _listed() or []
+
+
+def _listed() -> list[str] | None:
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        return None
+    # The MIG instances of a GPU stand indented below it.
+    return re.findall(r"^GPU \d+:.*\(UUID: ([^)]+)\)", listing.stdout, re.MULTILINE)

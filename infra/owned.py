@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from signal import SIGKILL
 from typing import IO
@@ -34,8 +34,12 @@ class OwnedProcess:
         cwd: Path | None = None,
         output: int | IO[bytes] = subprocess.PIPE,
         grace_seconds: float = 20.0,
+        keep: Sequence[int] = (),
     ) -> None:
-        """Starts at once; `env` is added to this process's environment, `output` takes stdout and stderr."""
+        """Starts at once; `env` is added to this process's environment, `output` takes stdout and stderr.
+
+        `keep` are open files that the supervisor holds until it ends, such as a lease.
+        """
         self.grace_seconds = grace_seconds
         self.token = uuid.uuid4().hex
         self._supervisor = subprocess.Popen(
@@ -49,6 +53,7 @@ class OwnedProcess:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=keep,
         )
 
     @property

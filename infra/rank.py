@@ -1,6 +1,7 @@
 """What runs first in every process of a step: `python -m infra.rank MODULE ARGUMENTS` runs MODULE as `__main__`.
 
-It ties the process to its launcher, prints line by line, and tells the flow the exit code.
+It ties the process to its launcher, prints line by line, and tells the flow its pid and its exit code. SIGUSR2 has it
+print the stacks of all its threads. Under Slurm it takes its place among the ranks from Slurm's variables.
 """
 
 import faulthandler
@@ -9,23 +10,33 @@ import os
 import runpy
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 
-from infra.launch import die_with_parent, report_exit
+from infra.launch import DUMP_SIGNAL, die_with_parent, report_exit, report_start
+from infra.launchers import VISIBLE
+from infra.slurm import STOP_SIGNAL
 
 
 def main() -> None:
     """Runs the module that the command line names; exits as it does."""
-    _end_with_the_launcher(float(os.environ.get("RLHF_GRACE_SECONDS", "0")))
+    if "SLURM_PROCID" in os.environ:
+        _join_slurm_step()
+    else:
+        _end_with_the_launcher(float(os.environ.get("RLHF_GRACE_SECONDS", "0")))
+    if VISIBLE in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE]
     faulthandler.enable()  # a crash in native code leaves the Python stack in the log
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(line_buffering=True)
     module, *arguments = sys.argv[1:]
     sys.argv = [module, *arguments]
+    report_start()
     code = _run(module)
     report_exit(code)
     sys.exit(code)
@@ -44,6 +55,20 @@ def _run(module: str) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _join_slurm_step() -> None:
+    """Rank and address as torchrun would set them; Slurm's daemon ends the rank when the step ends."""
+    slurm = os.environ
+    hosts = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout.split()
+    os.environ |= {
+        "RANK": slurm["SLURM_PROCID"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "MASTER_ADDR": hosts[0],
+    }
+    # srun passes SIGTERM on as SIGKILL, so infra.slurm asks by another one.
+    signal.signal(STOP_SIGNAL, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _end_with_the_launcher(grace_seconds: float) -> None:

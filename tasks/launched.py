@@ -57,7 +57,7 @@ def make(
     def work(directory: Path) -> Mapping[str, Any]:
         nonlocal run_id
         run_id = tracking.stage_run(store, parent_run, name, directory)
-        return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, on_progress)
+        return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, on_progress, on_wait)
 
     try:
         ref = stages.run(stage, work, force=force, resumable=resumable, on_wait=on_wait)
@@ -79,6 +79,7 @@ def run_worker(
     infrastructure: GpuInfrastructure,
     track: Mapping[str, str] | None,
     on_progress: Progress,
+    on_wait: Callable[[str], None] = print,
 ) -> Mapping[str, Any]:
     """Run the worker on a stage directory and return the stage's metrics."""
     records = directory / RECORDS
@@ -102,6 +103,7 @@ def run_worker(
         env={"RLHF_TRACKING_URI": track["uri"]} if track else {},
         cwd=REPO,
         on_progress=lambda told: on_progress(told["step"], told["total"], told["metrics"]),
+        on_wait=on_wait,
     )
     report = _read(records / "report.json")
     if outcome.exit_code == 0 and report is not None:
@@ -120,6 +122,12 @@ def failure(stage: str, outcome: launch.Outcome, told: Mapping[str, Any] | None,
     kind = told["kind"] if told else "killed"
     if told and kind == "user":
         return ConfigError(told["message"])
+    if outcome.stalled:
+        return StageFailed(
+            f"{stage} said nothing for too long and was stopped; what its processes were doing stands in its log",
+            log,
+            True,
+        )
     if told and kind == "stopped":
         return StageFailed(f"{stage} was {told['message']}; `rlhf run` goes on from there", log)
     if told:

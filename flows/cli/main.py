@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from flows.cli import errors, models, run, servers
+from flows.cli import errors, infra, models, run, servers
 
 app = typer.Typer(
     name="rlhf",
@@ -20,6 +20,11 @@ app.command()(errors.told(servers.doctor))
 app.command()(errors.told(models.models))
 app.command()(errors.told(models.promote))
 app.command()(errors.told(servers.ui))
+
+infrastructure = typer.Typer(help="The infrastructure blocks that a run can name.", no_args_is_help=True)
+infrastructure.command("list")(errors.told(infra.list_))
+infrastructure.command("register")(errors.told(infra.register))
+app.add_typer(infrastructure, name="infra")
 
 
 def main() -> None:

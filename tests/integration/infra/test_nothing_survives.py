@@ -22,10 +22,12 @@ TOKEN = "RLHF_TEST_TOKEN"
 class Cell:
     """One owner with its supervisor, launcher and ranks; every process carries a token in its environment."""
 
-    def __init__(self, folder: Path, processes: int, mode: str, grace: float = GRACE, fork: str = "") -> None:
+    def __init__(self, folder: Path, processes: int, mode: str, fork: str = "", **launch: Any) -> None:
         self.folder, self.processes, self.token = folder, processes, uuid.uuid4().hex
+        fields = {"processes": processes, "grace_seconds": GRACE} | launch
+        folder.mkdir(exist_ok=True)
         self.owner = subprocess.Popen(
-            [sys.executable, PROGRAMS / "owner.py", str(processes), mode, folder, str(grace), fork],
+            [sys.executable, PROGRAMS / "owner.py", folder, mode, json.dumps(fields), fork],
             env={**os.environ, TOKEN: self.token, "PYTHONPATH": str(ROOT)},
             start_new_session=True,
             stderr=subprocess.PIPE,
@@ -95,8 +97,8 @@ class Cell:
 def start(tmp_path: Path) -> Iterator[Any]:
     cells: list[Cell] = []
 
-    def start_cell(processes: int, mode: str, **options: Any) -> Cell:
-        cells.append(Cell(tmp_path, processes, mode, **options))
+    def start_cell(processes: int, mode: str, name: str = "cell", **options: Any) -> Cell:
+        cells.append(Cell(tmp_path / name, processes, mode, **options))
         return cells[-1]
 
     yield start_cell
@@ -171,7 +173,7 @@ def test_a_stopped_rank_is_killed_after_the_grace(start: Any) -> None:
 
 
 def test_a_second_ctrl_c_ends_the_grace(start: Any) -> None:
-    cell = start(1, "stubborn", grace=25)
+    cell = start(1, "stubborn", grace_seconds=25)
     cell.wait_until_ready()
     end(cell, "SIGINT to owner")
     time.sleep(0.5)
@@ -210,3 +212,88 @@ def test_sigterm_to_every_process_at_once_still_leaves_time_for_the_checkpoint(s
         os.kill(pid, signal.SIGTERM)
     cell.seconds_until_gone(GRACE + 4)
     assert len(cell.checkpoints()) == 2
+
+
+@pytest.fixture
+def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs that only their lock files know of."""
+    monkeypatch.setenv("RLHF_GPU_LEASES", str(tmp_path / "leases"))
+
+
+@pytest.mark.usefixtures("leases")
+def test_two_runs_share_no_gpu_and_a_third_waits_until_one_has_ended(start: Any) -> None:
+    first, second = (start(1, "graceful", name=name, gpus=["0", "1"]) for name in ("first", "second"))
+    for cell in (first, second):
+        cell.wait_until_ready()
+    assert {(cell.folder / "ready.0").read_text() for cell in (first, second)} == {"0", "1"}
+    third = start(1, "graceful", name="third", gpus=["0", "1"])
+    third.wait_for("waits")
+    assert (third.folder / "waits").read_text().startswith("waiting for 1 free GPU: GPU 0 is held by process ")
+    end(first, "SIGTERM to owner")
+    third.wait_until_ready()
+    assert (third.folder / "ready.0").read_text() == (first.folder / "ready.0").read_text()
+
+
+@pytest.mark.usefixtures("leases")
+def test_the_lease_of_a_killed_flow_lasts_until_its_ranks_are_gone(start: Any) -> None:
+    first = start(2, "stubborn", name="first", gpus=["0", "1"])
+    first.wait_until_ready()
+    second = start(1, "done", name="second", gpus=["0", "1"])
+    second.wait_for("waits")
+    end(first, "kill -9 to owner")
+    while first.alive():
+        assert not (second.folder / "ready.0").exists()
+        time.sleep(0.05)
+    second.wait_until_ready()
+    assert second.outcome()["exit_code"] == 0
+
+
+def test_a_step_that_says_nothing_leaves_its_stacks_and_is_stopped(start: Any) -> None:
+    cell = start(2, "graceful", stall_seconds=8)  # torchrun itself says nothing for some seconds
+    cell.wait_until_ready()
+    outcome = cell.outcome()
+    assert outcome["stalled"]
+    assert outcome["exit_code"] == 75
+    log = (cell.folder / "log").read_text()
+    assert log.count("most recent call first") >= 2
+    assert "sleeping_rank.py" in log
+    assert cell.seconds_until_gone(0.5) < 0.5
+
+
+def test_a_rank_that_was_stopped_by_sigstop_is_found_and_ended(start: Any) -> None:
+    cell = start(1, "stopped", stall_seconds=2)
+    outcome = cell.outcome()
+    assert outcome["stalled"]
+    assert "sleeping_rank.py" in (cell.folder / "log").read_text()
+    assert cell.seconds_until_gone(0.5) < 0.5
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to owner", "SIGINT to owner", "kill -9 to owner", "kill -9 to launcher"])
+def test_graceful_ranks_under_deepspeeds_launcher(start: Any, how: str) -> None:
+    cell = start(2, "graceful", launcher="deepspeed")
+    cell.wait_until_ready()
+    end(cell, how)
+    cell.seconds_until_gone(GRACE + 4)
+    assert cell.checkpoints() == ["checkpoint.0", "checkpoint.1"]
+    if not how.endswith("owner"):
+        assert cell.outcome()["exit_code"] == 75
+
+
+def test_stubborn_ranks_under_deepspeeds_launcher(start: Any) -> None:
+    cell = start(2, "stubborn", launcher="deepspeed")
+    cell.wait_until_ready()
+    end(cell, "kill -9 to owner")
+    cell.seconds_until_gone(GRACE + 4)
+
+
+def test_a_failing_rank_under_deepspeeds_launcher(start: Any) -> None:
+    outcome = start(2, "fails", launcher="deepspeed").outcome()
+    assert outcome["exit_code"] == 3
+    assert outcome["tail"][-1] == "the reason of the failure"
+
+
+@pytest.mark.usefixtures("leases")
+def test_deepspeeds_launcher_hides_no_leased_gpu(start: Any) -> None:
+    cell = start(2, "done", launcher="deepspeed", gpus=["3", "1", "2"])
+    assert cell.outcome()["exit_code"] == 0
+    assert {(cell.folder / f"ready.{rank}").read_text() for rank in (0, 1)} == {"3,1"}

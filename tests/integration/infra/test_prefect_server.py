@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from infra.gpu import GpuInfrastructure, register, resolve
+from infra.gpu import GpuInfrastructure, available, register, resolve
 from infra.servers import healthy, running_prefect_server
 
 ROOT = Path(__file__).parents[3]
@@ -43,11 +43,15 @@ def test_the_owned_server_boots_saves_blocks_and_dies_with_its_owner(tmp_path: P
 
 def _blocks_are_saved_and_win_over_the_shipped_ones() -> None:
     assert resolve("local-cpu-2").processes == 2  # not saved yet: the shipped one
+    assert {saved for _, saved in available().values()} == {False}  # Prefect does not know the type yet
     assert "one-node" in register()
     assert resolve("one-node").processes == 8
     GpuInfrastructure(device="cpu", processes_per_node=3, secret_env={"K": "v"}).save("local-cpu-2", overwrite=True)
     saved = resolve("local-cpu-2")
     assert saved.processes == 3
     assert saved.launch().env["K"] == "v"
+    GpuInfrastructure(gpus_per_node=4, launcher="deepspeed", work_pool="gpus").save("our-node", overwrite=True)
+    block, is_saved = available()["our-node"]
+    assert (block.launcher, block.work_pool, is_saved) == ("deepspeed", "gpus", True)
     with pytest.raises(ValueError, match="did you mean 'one-gpu'"):
         resolve("one-gp")

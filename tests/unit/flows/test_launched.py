@@ -45,6 +45,15 @@ def test_what_is_worth_another_try(kind: str, further: bool, again: bool) -> Non
     assert (error.again, error.log) == (again, LOG)
 
 
+def test_a_stalled_worker_is_tried_again_whatever_it_told_when_it_was_stopped() -> None:
+    stalled = Outcome(75, ("stacks",), 1.0, stalled=True)
+    error = launched.failure("ppo", stalled, {"kind": "stopped", "message": "stopped"}, LOG, False)
+    assert isinstance(error, StageFailed)
+    assert error.again
+    with pytest.raises(StageFailed, match="said nothing for too long"):
+        raise error
+
+
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [

@@ -47,17 +47,17 @@ def test_more_processes_than_cores_get_a_thread_each(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("indices", "visible", "expected"),
-    [(None, None, "0,1"), ([3, 1], None, "3,1"), (None, "2, 3", "2,3"), ([3, 2], "2,3", "3,2")],
+    [(None, None, "0,1,2,3"), ([3, 1], None, "3,1"), (None, "2, 3", "2,3"), ([3, 2], "2,3", "3,2")],
 )
-def test_gpus_are_chosen(
+def test_gpus_that_may_be_leased(
     monkeypatch: pytest.MonkeyPatch, indices: list[int] | None, visible: str | None, expected: str
 ) -> None:
     monkeypatch.setattr(gpu, "gpu_count", lambda: 4)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     launch = GpuInfrastructure(gpus_per_node=2, gpu_indices=indices).launch()
-    assert launch.env["CUDA_VISIBLE_DEVICES"] == expected
-    assert launch.processes == 2
+    assert launch.gpus == tuple(expected.split(","))
+    assert launch.leases == 2
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,19 @@ def test_missing_gpus_are_one_clear_sentence(
         ({"gpus_per_node": 2, "processes_per_node": 4}, "each GPU has one process"),
         ({"gpus_per_node": 2, "gpu_indices": [1, 1]}, "names 1 GPUs"),
         ({"gpus_per_node": 1, "grace_seconds": 40}, "less than or equal to 25"),
+        ({"gpus_per_node": 1, "nodes": 2}, "one machine: use slurm"),
+        ({"gpus_per_node": 1, "slurm_options": ["-p", "gpu"]}, "launcher is not slurm"),
+        ({"gpus_per_node": 1, "launcher": "slurm", "gpu_indices": [0]}, "Slurm itself chooses"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         GpuInfrastructure.model_validate(fields)
+
+
+def test_slurm_hands_out_the_gpus_itself() -> None:
+    launch = GpuInfrastructure(launcher="slurm", nodes=2, gpus_per_node=4, slurm_options=["--partition=gpu"]).launch()
+    assert (launch.world_size, launch.leases, launch.options) == (8, 0, ("--partition=gpu",))
 
 
 def test_secrets_reach_the_processes_and_no_printed_block() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from infra import launch
-from infra.launch import Launch, command, environment, overall_exit_code
+from infra.launch import overall_exit_code
+from infra.launchers import Launch, command, environment
+
+HOSTS = Path("/nowhere/worker.hosts")
 
 
 def test_one_process_is_started_without_torchrun() -> None:
-    assert command(Launch(), "tasks.worker", ["sft", "dir"]) == [
+    assert command(Launch(), "tasks.worker", ["sft", "dir"], hostfile=HOSTS) == [
         *[sys.executable, "-m", "infra.rank", "tasks.worker", "sft", "dir"]
     ]
     env = environment(Launch())
@@ -27,13 +30,37 @@ def test_one_process_is_started_without_torchrun() -> None:
 
 
 def test_several_processes_are_started_by_torchrun_which_outwaits_the_grace() -> None:
-    line = command(Launch(processes=4), "tasks.worker", ["ppo"])
+    line = command(Launch(processes=4), "tasks.worker", ["ppo"], hostfile=HOSTS)
     assert line[1:4] == ["-m", "torch.distributed.run", "--standalone"]
     assert "--nproc_per_node=4" in line
     assert line[-4:] == ["-m", "infra.rank", "tasks.worker", "ppo"]
     env = environment(Launch(processes=4, grace_seconds=12.5))
     assert env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "18"
     assert "RANK" not in env
+
+
+def test_deepspeed_reads_the_processes_of_this_machine_from_a_hostfile(tmp_path: Path) -> None:
+    line = command(Launch("deepspeed", processes=3), "tasks.worker", ["ppo"], hostfile=tmp_path / "worker.hosts")
+    assert line[1:3] == ["-m", "deepspeed.launcher.runner"]
+    assert line[-4:] == ["--module", "infra.rank", "tasks.worker", "ppo"]
+    assert (tmp_path / "worker.hosts").read_text() == "localhost slots=3\n"
+
+
+def test_slurm_is_asked_for_nodes_gpus_and_what_the_block_says() -> None:
+    gpus = Launch("slurm", nodes=2, processes=4, env={"DS_ACCELERATOR": "cuda"}, options=("--partition=gpu",))
+    line = command(gpus, "tasks.worker", ["ppo"], hostfile=HOSTS)
+    assert line[1:4] == ["-m", "infra.slurm", "srun"]
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu"} <= set(line)
+    assert line[-5:] == [sys.executable, "-m", "infra.rank", "tasks.worker", "ppo"]
+    env = environment(gpus)
+    assert "RANK" not in env  # a rank takes it from Slurm
+    cpu = command(Launch("slurm", env={"DS_ACCELERATOR": "cpu"}), "tasks.worker", [], hostfile=HOSTS)
+    assert not [word for word in cpu if word.startswith("--gpus")]
+
+
+def test_leased_gpus_are_seen_whatever_the_launcher_sets() -> None:
+    env = environment(Launch("deepspeed", processes=2, gpus=("0", "1", "2")), ("2", "1"))
+    assert env["CUDA_VISIBLE_DEVICES"] == env["RLHF_VISIBLE_GPUS"] == "2,1"
 
 
 def test_the_block_s_environment_wins() -> None:
@@ -142,6 +169,7 @@ def test_a_rank_exits_as_its_module_does_and_tells_it_last(
         check=False,
     )
     assert done.returncode == code
-    *lines, last = done.stdout.splitlines()
+    _, first, *lines, last = done.stdout.splitlines()  # a carriage return cuts off what stood in the line before
+    assert first.startswith('@start {"rank": 1, "pid": ')
     assert last == f'@exit {{"rank": 1, "code": {code}}}'
     assert printed in "\n".join(lines)

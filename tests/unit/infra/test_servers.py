@@ -66,7 +66,7 @@ def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
         server.wait_ready()
 
 
-@pytest.mark.parametrize("module", ["infra.launch", "infra.servers", "infra.shipped", "infra.rank"])
+@pytest.mark.parametrize("module", ["infra.launch", "infra.leases", "infra.servers", "infra.shipped", "infra.rank"])
 def test_only_the_block_loads_prefect(module: str) -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"],

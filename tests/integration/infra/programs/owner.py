@@ -1,4 +1,7 @@
-"""Stands for the flow process: `python owner.py PROCESSES MODE FOLDER GRACE [fork]` runs sleeping ranks."""
+"""Stands for the flow process: `python owner.py FOLDER MODE '{"processes": 2, ...}' [fork]` runs sleeping ranks.
+
+The third argument holds the fields of a Launch.
+"""
 
 import json
 import os
@@ -9,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from infra.launch import Launch, run
+from infra.launch import run
+from infra.launchers import Launch
 
 
 class TerminationError(BaseException):
@@ -20,15 +24,16 @@ def terminate(number: int, frame: FrameType | None) -> None:
     raise TerminationError
 
 
-def main(processes: str, mode: str, folder: str, grace: str, fork: str = "") -> None:
+def main(folder: str, mode: str, fields: str, fork: str = "") -> None:
     signal.signal(signal.SIGTERM, terminate)
     outcome = run(
         "sleeping_rank",
         [mode, folder],
         log=Path(folder, "log"),
-        launch=Launch(processes=int(processes), grace_seconds=float(grace)),
+        launch=Launch(**json.loads(fields)),
         env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
         on_line=lambda line: hold_the_pipes(Path(folder)) if fork and "is ready" in line else None,
+        on_wait=Path(folder, "waits").write_text,
     )
     Path(folder, "outcome").write_text(json.dumps(asdict(outcome)))
 

@@ -28,12 +28,14 @@ def main() -> None:
         # A child in a session of its own, which inherits the ignored SIGTERM.
         subprocess.Popen(["sleep", "300"], start_new_session=True)
     print(f"rank {RANK} is ready")
-    (FOLDER / f"ready.{RANK}").touch()
+    (FOLDER / f"ready.{RANK}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if MODE == "done":
         sys.exit(0)
     if MODE == "fails" and RANK == "0":
-        print("the reason of the failure")
+        while len(list(FOLDER.glob("ready.*"))) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.05)  # or the other rank's words come after the failure
         time.sleep(0.2)
+        print("the reason of the failure")
         sys.exit(3)
     if MODE == "leaves":
         subprocess.Popen(["sleep", "300"], start_new_session=True)

@@ -1,115 +1,14 @@
 """Every way in which a run can end, on real processes that only sleep: afterwards none of them is left."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAMS = Path(__file__).parent / "programs"
-ROOT = Path(__file__).parents[3]
-GRACE = 1.5  # seconds; a checkpoint of the sleeping rank takes 0.5
-TOKEN = "RLHF_TEST_TOKEN"
-
-
-class Cell:
-    """One owner with its supervisor, launcher and ranks; every process carries a token in its environment."""
-
-    def __init__(self, folder: Path, processes: int, mode: str, fork: str = "", **launch: Any) -> None:
-        self.folder, self.processes, self.token = folder, processes, uuid.uuid4().hex
-        fields = {"processes": processes, "grace_seconds": GRACE} | launch
-        folder.mkdir(exist_ok=True)
-        self.owner = subprocess.Popen(
-            [sys.executable, PROGRAMS / "owner.py", folder, mode, json.dumps(fields), fork],
-            env={**os.environ, TOKEN: self.token, "PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-            stderr=subprocess.PIPE,
-        )
-
-    def wait_until_ready(self) -> None:
-        """Until every rank has installed its signal handlers and sleeps."""
-        self.wait_for(*[f"ready.{rank}" for rank in range(self.processes)])
-
-    def wait_for(self, *names: str, timeout: float = 60) -> None:
-        """Until the files are there."""
-        end = time.monotonic() + timeout
-        while not all((self.folder / name).exists() for name in names):
-            assert time.monotonic() < end, f"no {names} in {sorted(self.folder.iterdir())}"
-            time.sleep(0.02)
-
-    def alive(self) -> dict[int, str]:
-        """The live processes of this cell and their command lines."""
-        wanted, found = f"{TOKEN}={self.token}".encode(), {}
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-        return found
-
-    def pid_of(self, role: str) -> int:
-        """The supervisor's pid, or that of the process that the supervisor started: the launcher, or the one rank."""
-        (supervisor,) = [pid for pid, line in self.alive().items() if "supervisor.py" in line]
-        if role == "supervisor":
-            return supervisor
-        children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-        return int(children[0])
-
-    def seconds_until_gone(self, limit: float, besides: tuple[int, ...] = ()) -> float:
-        """How long it takes until no process is left; fails with what is left after `limit` seconds."""
-        started = time.monotonic()
-        while True:
-            self.owner.poll()
-            left = {pid: line for pid, line in self.alive().items() if pid not in besides}
-            seconds = time.monotonic() - started
-            if not left:
-                return seconds
-            assert seconds < limit, f"left after {seconds:.1f} s: {left}"
-            time.sleep(0.05)
-
-    def outcome(self) -> dict[str, Any]:
-        """What `run` returned to the owner."""
-        assert self.owner.wait(timeout=30) == 0
-        return json.loads((self.folder / "outcome").read_text())
-
-    def checkpoints(self) -> list[str]:
-        """The files of the ranks that stopped gracefully."""
-        return sorted(path.name for path in self.folder.glob("checkpoint.*"))
-
-    def kill_all(self) -> None:
-        """For the end of a test that failed."""
-        for pid in self.alive():
-            os.kill(pid, signal.SIGKILL)
-        self.owner.wait()
-        assert self.owner.stderr is not None
-        self.owner.stderr.close()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    cells: list[Cell] = []
-
-    def start_cell(processes: int, mode: str, name: str = "cell", **options: Any) -> Cell:
-        cells.append(Cell(tmp_path / name, processes, mode, **options))
-        return cells[-1]
-
-    yield start_cell
-    for cell in cells:
-        cell.kill_all()
-
-
-def end(cell: Cell, how: str) -> None:
-    number = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "kill -9": signal.SIGKILL}
-    name, _, who = how.partition(" to ")
-    os.kill(cell.owner.pid if who == "owner" else cell.pid_of(who), number[name])
+GRACE = 1.5  # seconds, as in conftest.py; a checkpoint of the sleeping rank takes 0.5
 
 
 WAYS = ["SIGTERM to owner", "SIGINT to owner", "kill -9 to owner", "kill -9 to supervisor", "kill -9 to launcher"]
@@ -120,7 +19,7 @@ WAYS = ["SIGTERM to owner", "SIGINT to owner", "kill -9 to owner", "kill -9 to s
 def test_graceful_ranks_write_their_checkpoint_and_nothing_is_left(start: Any, processes: int, how: str) -> None:
     cell = start(processes, "graceful")
     cell.wait_until_ready()
-    end(cell, how)
+    cell.end(how)
     cell.seconds_until_gone(GRACE + 4)
     assert cell.checkpoints() == [f"checkpoint.{rank}" for rank in range(processes)]
     if not how.endswith("owner"):
@@ -134,7 +33,7 @@ def test_graceful_ranks_write_their_checkpoint_and_nothing_is_left(start: Any, p
 def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(start: Any, processes: int, how: str) -> None:
     cell = start(processes, "stubborn")
     cell.wait_until_ready()
-    end(cell, how)
+    cell.end(how)
     seconds = cell.seconds_until_gone(GRACE + 4)
     assert seconds > GRACE - 0.5
     if not how.endswith("owner"):
@@ -168,24 +67,24 @@ def test_what_a_rank_leaves_behind_is_ended(start: Any) -> None:
 def test_a_stopped_rank_is_killed_after_the_grace(start: Any) -> None:
     cell = start(1, "stopped")
     cell.wait_until_ready()
-    end(cell, "SIGTERM to owner")
+    cell.end("SIGTERM to owner")
     cell.seconds_until_gone(GRACE + 4)
 
 
 def test_a_second_ctrl_c_ends_the_grace(start: Any) -> None:
     cell = start(1, "stubborn", grace_seconds=25)
     cell.wait_until_ready()
-    end(cell, "SIGINT to owner")
+    cell.end("SIGINT to owner")
     time.sleep(0.5)
     assert cell.alive()
-    end(cell, "SIGINT to owner")
+    cell.end("SIGINT to owner")
     cell.seconds_until_gone(3)
 
 
 def test_a_forked_child_that_holds_the_pipe_does_not_hide_the_owners_death(start: Any) -> None:
     cell = start(1, "graceful", fork="fork")
     cell.wait_for("forked")
-    end(cell, "kill -9 to owner")
+    cell.end("kill -9 to owner")
     forked = int((cell.folder / "forked").read_text())
     cell.seconds_until_gone(GRACE + 2, besides=(forked,))
     assert cell.checkpoints() == ["checkpoint.0"]
@@ -229,7 +128,7 @@ def test_two_runs_share_no_gpu_and_a_third_waits_until_one_has_ended(start: Any)
     third = start(1, "graceful", name="third", gpus=["0", "1"])
     third.wait_for("waits")
     assert (third.folder / "waits").read_text().startswith("waiting for 1 free GPU: GPU 0 is held by process ")
-    end(first, "SIGTERM to owner")
+    first.end("SIGTERM to owner")
     third.wait_until_ready()
     assert (third.folder / "ready.0").read_text() == (first.folder / "ready.0").read_text()
 
@@ -240,7 +139,7 @@ def test_the_lease_of_a_killed_flow_lasts_until_its_ranks_are_gone(start: Any) -
     first.wait_until_ready()
     second = start(1, "done", name="second", gpus=["0", "1"])
     second.wait_for("waits")
-    end(first, "kill -9 to owner")
+    first.end("kill -9 to owner")
     while first.alive():
         assert not (second.folder / "ready.0").exists()
         time.sleep(0.05)
@@ -272,7 +171,7 @@ def test_a_rank_that_was_stopped_by_sigstop_is_found_and_ended(start: Any) -> No
 def test_graceful_ranks_under_deepspeeds_launcher(start: Any, how: str) -> None:
     cell = start(2, "graceful", launcher="deepspeed")
     cell.wait_until_ready()
-    end(cell, how)
+    cell.end(how)
     cell.seconds_until_gone(GRACE + 4)
     assert cell.checkpoints() == ["checkpoint.0", "checkpoint.1"]
     if not how.endswith("owner"):
@@ -282,7 +181,7 @@ def test_graceful_ranks_under_deepspeeds_launcher(start: Any, how: str) -> None:
 def test_stubborn_ranks_under_deepspeeds_launcher(start: Any) -> None:
     cell = start(2, "stubborn", launcher="deepspeed")
     cell.wait_until_ready()
-    end(cell, "kill -9 to owner")
+    cell.end("kill -9 to owner")
     cell.seconds_until_gone(GRACE + 4)
 
 

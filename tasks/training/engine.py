@@ -132,16 +132,11 @@ def export(
     Partitioned parameters are gathered one at a time, so no rank holds more than one whole tensor on its device. With
     `averages` (`Ema.weights`) these are written instead of the parameters.
     """
-    import deepspeed
-
     model = module.model
-    weights: dict[str, Tensor] = {}
-    if averages is not None:
+    if averages is None:
+        weights = _gathered(model)
+    else:
         weights = {name.removeprefix("model."): average for name, average in averages.items()}
-    for name, parameter in model.named_parameters(remove_duplicate=False) if averages is None else ():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if rank() == 0:
-                weights[name] = parameter.detach().to("cpu", copy=True)
     if rank() == 0:
         buffers = dict(model.named_buffers())
         persistent = [name for name in model.state_dict() if name in buffers]
@@ -151,6 +146,18 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+
+def _gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The whole parameters by name on the CPU of rank 0, gathered one at a time; nothing on the others."""
+    import deepspeed
+
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank() == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
 
 
 def _adam(

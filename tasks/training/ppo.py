@@ -27,6 +27,7 @@ DeepSpeed-Chat doubles accumulation for PTX and averages EMA per micro-batch; he
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ from data_prep.tokenizer import load_tokenizer, same_tokens
 from tasks.config import LimitsConfig, PPOConfig
 from tasks.training import checkpoint
 from tasks.training.advantages import Moments
-from tasks.training.batches import batch_indices, check_batch, right_padded
+from tasks.training.batches import batch_indices, check_batch, chunks, right_padded
 from tasks.training.ema import Ema
 from tasks.training.engine import export, frozen_engine, train_engine
 from tasks.training.experience import (
@@ -58,7 +59,7 @@ from tasks.training.kl import adapted_kl_coef
 from tasks.training.losses import language_loss, policy_loss, value_loss
 from tasks.training.models import load_policy, load_scalar
 from tasks.training.ranks import all_sum, any_rank, world_size
-from tasks.training.types import Experience, Sequences
+from tasks.training.types import Engine, Experience, Sequences
 
 SUMMARY = ("reward", "kl", "entropy", "answer_tokens", "eos_rate", "distinct_2", "explained_variance", "samples_per_s")
 
@@ -94,16 +95,16 @@ def run(job: Job) -> dict[str, Any]:
     state, begin = State(config.kl_coef), 0
     if resumed := checkpoint.load(job.checkpoints, trained):
         begin = resumed[0]
-        state = resumed[1]["state"]
-        if ema:
-            ema.load(resumed[1]["ema"])
-    collapsed = None
+        state = take_up(resumed[1], ema)
+    kept: dict[str, Any] = {}
     for step in range(begin, config.steps):
         metrics = train_on_pool(job, config, networks, ema, data, state, step)
         state.history.append({name: metrics[f"ppo/{name}"] for name in SUMMARY})
         job.log(step + 1, metrics)
         job.progress(step + 1, config.steps, {"reward": metrics["ppo/reward"], "kl": metrics["ppo/kl"]})
         if collapsed := beyond(config.limits, state.history):
+            state = restore(job, trained, ema, collapsed)
+            kept = {"collapsed": collapsed, "collapsed_at": step + 1}
             break
         stop = any_rank(job.should_stop(), job.device)
         if stop or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
@@ -111,9 +112,6 @@ def run(job: Job) -> dict[str, Any]:
             checkpoint.save(job.checkpoints, step + 1, trained, saved)
         if stop:
             raise Stopped(step + 1)
-    kept = {}
-    if collapsed:
-        kept = {"collapsed": collapsed, "kept_step": restore(job, networks, ema, collapsed)}
     export(networks.policy.module, tokenizer, job.directory / "model")
     export(networks.critic.module, tokenizer, job.directory / "critic")
     if ema:
@@ -259,9 +257,8 @@ def next_text(job: Job, config: PPOConfig, networks: Networks, data: Data, state
         return []
     rows = batch_indices(state.text_batches, len(data.text), config.ptx_batch_size, job.config["seed"] + 1)
     state.text_batches += 1
-    chunks = [data.text[row]["tokens"] for row in rows]
-    size = config.micro_batch_size
-    return [right_padded(chunks[i : i + size], networks.pad, job.device) for i in range(0, len(chunks), size)]
+    text = [data.text[row]["tokens"] for row in rows]
+    return [right_padded(part, networks.pad, job.device) for part in chunks(text, config.micro_batch_size)]
 
 
 def optimizer_steps(
@@ -345,17 +342,23 @@ def beyond(limits: LimitsConfig, history: list[dict[str, float]]) -> str | None:
     return None
 
 
-def restore(job: Job, networks: Networks, ema: Ema | None, why: str) -> int:
-    """Go back to the last checkpoint, which was within the limits. Returns its step. ValueError if there is none."""
-    resumed = checkpoint.load(job.checkpoints, {"policy": networks.policy, "critic": networks.critic})
+def restore(job: Job, trained: Mapping[str, Engine], ema: Ema | None, why: str) -> State:
+    """Go back to the last checkpoint, which was within the limits. ValueError if there is none."""
+    resumed = checkpoint.load(job.checkpoints, trained)
     if resumed is None:
         raise ValueError(
             f"PPO collapsed before its first checkpoint: {why}; lower ppo.policy_optimizer.learning_rate or raise "
             "ppo.kl_coef"
         )
+    return take_up(resumed[1], ema)
+
+
+def take_up(saved: Mapping[str, Any], ema: Ema | None) -> State:
+    """What a checkpoint holds beside the networks; its average goes into `ema`."""
     if ema:
-        ema.load(resumed[1]["ema"])
-    return resumed[0]
+        ema.load(saved["ema"])
+    state: State = saved["state"]
+    return state
 
 
 def summary(history: list[dict[str, float]]) -> dict[str, Any]:

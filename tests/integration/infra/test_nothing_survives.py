@@ -167,6 +167,7 @@ def test_a_rank_that_was_stopped_by_sigstop_is_found_and_ended(start: Any) -> No
     assert cell.seconds_until_gone(0.5) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM to owner", "SIGINT to owner", "kill -9 to owner", "kill -9 to launcher"])
 def test_graceful_ranks_under_deepspeeds_launcher(start: Any, how: str) -> None:
     cell = start(2, "graceful", launcher="deepspeed")
@@ -178,6 +179,7 @@ def test_graceful_ranks_under_deepspeeds_launcher(start: Any, how: str) -> None:
         assert cell.outcome()["exit_code"] == 75
 
 
+@pytest.mark.slow
 def test_stubborn_ranks_under_deepspeeds_launcher(start: Any) -> None:
     cell = start(2, "stubborn", launcher="deepspeed")
     cell.wait_until_ready()
@@ -185,12 +187,14 @@ def test_stubborn_ranks_under_deepspeeds_launcher(start: Any) -> None:
     cell.seconds_until_gone(GRACE + 4)
 
 
+@pytest.mark.slow
 def test_a_failing_rank_under_deepspeeds_launcher(start: Any) -> None:
     outcome = start(2, "fails", launcher="deepspeed").outcome()
     assert outcome["exit_code"] == 3
     assert outcome["tail"][-1] == "the reason of the failure"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("leases")
 def test_deepspeeds_launcher_hides_no_leased_gpu(start: Any) -> None:
     cell = start(2, "done", launcher="deepspeed", gpus=["3", "1", "2"])

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from tasks.config import LimitsConfig, PPOConfig
-from tasks.training import ppo
+from tasks.training import checkpoint, ppo
 from tasks.training.advantages import Moments
 from tasks.training.batches import left_padded, right_padded
 from tasks.training.ema import Ema
@@ -265,6 +265,27 @@ def test_limits(limits, sentence):
     ]
     assert ppo.beyond(LimitsConfig(**limits, rollouts=2), history) == sentence
     assert ppo.beyond(LimitsConfig(**limits, rollouts=4), history) is None
+
+
+def test_a_collapsed_run_goes_back_to_its_last_checkpoint(tmp_path):
+    nets = networks()
+    trained = {"policy": nets.policy, "critic": nets.critic}
+    ema = Ema(nets.policy.module, 0.5)
+    with pytest.raises(ValueError, match="PPO collapsed before its first checkpoint: KL 40"):
+        ppo.restore(job(tmp_path), trained, ema, "KL 40")
+    healthy = ppo.State(0.1, history=[{"kl": 1.0}])
+    before = {name: engine.module.state_dict() for name, engine in copy.deepcopy(trained).items()}
+    average = {name: value.clone() for name, value in ema.weights().items()}
+    checkpoint.save(tmp_path / "checkpoints", 1, trained, {"state": healthy, "ema": ema.state()})
+    for engine in trained.values():
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.add_(1.0)
+    ema.update()
+    assert ppo.restore(job(tmp_path), trained, ema, "KL 40") == healthy
+    for name, engine in trained.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in engine.module.state_dict().items())
+    assert all(torch.equal(value, average[name]) for name, value in ema.weights().items())
 
 
 def test_batches_have_to_divide_the_pool():

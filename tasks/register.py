@@ -88,7 +88,7 @@ def register(
     cached = folder.cached and all(refs[model.stage].digest in before[model.name] for model in made)
     numbers = {}
     for model in made:
-        tags = version_tags(refs, model.stage)
+        tags = version_tags(refs, model)
         description = "\n".join(_summary(refs, model))
         number = tracking.register_version(store, model.name, folder.directory / model.part, run_id, tags, description)
         held = tracking.alias(store, model.name, tracking.CANDIDATE)
@@ -163,21 +163,28 @@ def ema_name(name: str) -> str:
     return f"{name}-ema"
 
 
-def version_tags(refs: Mapping[str, StageRef], key: str) -> dict[str, str]:
-    """Tags of the version made by stage `key`: its identity, what it comes from, and its main figures."""
-    made = refs[key]
+def version_tags(refs: Mapping[str, StageRef], model: Model) -> dict[str, str]:
+    """Tags of a model's version: its identity, what it comes from, and what was measured of it."""
+    made = refs[model.stage]
     code = (read_manifest(made.directory) or {}).get("code", {})
     tags = {"digest": made.digest, "fingerprint": made.fingerprint, "code": code.get("digest", "")}
     if "commit" in code:
         tags["commit"] = code["commit"] + ("+changes" if code.get("dirty") else "")
-    for role, ref in _lineage(refs, key).items():
+    for role, ref in _lineage(refs, model.stage).items():
         tags[f"input.{role}"] = ref.fingerprint
         tags[f"input.{role}.digest"] = ref.digest
-    figures = refs["evaluate" if key == "ppo" else key].metrics
-    return tags | {
-        f"metric.{name}": f"{value:.6g}"
-        for name, value in figures.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+    return tags | {f"metric.{name}": f"{value:.6g}" for name, value in measured(refs, model).items()}
+
+
+def measured(refs: Mapping[str, StageRef], model: Model) -> dict[str, float]:
+    """The figures of a model: the reward stage's, or those of the evaluation that are about this policy."""
+    found = refs["evaluate" if model.stage == "ppo" else model.stage].metrics
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (model.stage != "ppo" or name == "prompts" or name.startswith("ema_") == (model.part == "ema"))
     }
 
 
@@ -190,7 +197,7 @@ def _link_models(directory: Path, config: RunConfig, refs: Mapping[str, StageRef
         _link_tree(made.directory / model.folder, folder / "model")
         tracking.describe_model(folder, model.pipeline)
         lineage = _lineage(refs, model.stage) | {"model": made}
-        (folder / "README.md").write_text(card(model.name, model.purpose, _measured(refs, model.stage), lineage))
+        (folder / "README.md").write_text(card(model.name, model.purpose, _lines(refs, model), lineage))
         sizes[f"{model.part}_bytes"] = sum(file.stat().st_size for file in (folder / "model").iterdir())
     return sizes
 
@@ -208,15 +215,14 @@ def _lineage(refs: Mapping[str, StageRef], key: str) -> dict[str, StageRef]:
     return {role: refs[stage] for role, stage in list(LINEAGE.items())[:before] if stage in refs}
 
 
-def _measured(refs: Mapping[str, StageRef], key: str) -> list[tuple[str, Any]]:
-    figures = refs["evaluate" if key == "ppo" else key].metrics
-    return [(name.replace("_", " "), value) for name, value in figures.items() if isinstance(value, int | float)]
+def _lines(refs: Mapping[str, StageRef], model: Model) -> list[tuple[str, Any]]:
+    return [(name.replace("_", " "), value) for name, value in measured(refs, model).items()]
 
 
 def _summary(refs: Mapping[str, StageRef], model: Model) -> list[str]:
     """The description of a version in the registry."""
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in _measured(refs, model.stage)[:8])
-    return [model.purpose, "", f"Measured: {measured}." if measured else "Not measured."]
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in _lines(refs, model)[:8])
+    return [model.purpose, "", f"Measured: {figures}." if figures else "Not measured."]
 
 
 def _link_tree(source: Path, target: Path) -> None:

@@ -20,6 +20,9 @@ MEASURES = (
     ("metric.win_rate", "win rate"),
     ("metric.ppo_reward", "reward"),
     ("metric.ppo_kl", "KL"),
+    ("metric.ema_win_rate", "win rate over the last policy"),
+    ("metric.ema_reward", "reward"),
+    ("metric.ema_kl", "KL"),
     ("metric.accuracy", "accuracy"),
 )
 """Tag of a version -> what it is called here."""

@@ -79,8 +79,13 @@ def averaged(store, refs):
         model_folder(directory / "ema", "LlamaForCausalLM", "average of ppo")
         return {"kl": 3.0}
 
-    ppo = run(Stage("ppo", Path(store.workspace), {"ema": 1}, {"sft": refs["sft"], "reward": refs["reward"]}, ()), work)
-    return refs | {"ppo": ppo}
+    def plain(directory):
+        (directory / "out.txt").write_text("evaluate")
+        return {"win_rate": 0.75, "ppo_reward": 1.25, "ema_win_rate": 0.5}
+
+    workspace = Path(store.workspace)
+    ppo = run(Stage("ppo", workspace, {"ema": 1}, {"sft": refs["sft"], "reward": refs["reward"]}, ()), work)
+    return refs | {"ppo": ppo, "evaluate": run(Stage("evaluate", workspace, {}, {"ppo": ppo}, ()), plain)}
 
 
 @pytest.fixture
@@ -110,6 +115,9 @@ def test_the_moving_average_is_registered_and_follows_its_policy(store, config, 
     assert made.versions == {"demo-policy": 1, "demo-reward": 1, "demo-ema": 1}
     weights = Path(made.directory) / "ema" / "model" / "model.safetensors"
     assert os.path.samefile(weights, averaged["ppo"].directory / "ema" / "model.safetensors")
+    tags = {name: tracking.find_version(store, name, 1).tags for name in made.versions}
+    assert {key for key in tags["demo-ema"] if key.startswith("metric.")} == {"metric.ema_win_rate"}
+    assert {key for key in tags["demo-policy"] if key.startswith("metric.")} == {"metric.win_rate", "metric.ppo_reward"}
     assert promote(store, "demo-policy", 1, Judgement(0.6, 0.5, None)).promoted
     for name in made.versions:
         assert tracking.alias(store, name, "champion").version == 1

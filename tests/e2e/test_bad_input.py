@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tasks.base import PAD, train_tokenizer
+from tests.tiny import tiny_llama_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -20,15 +21,7 @@ def model(tmp_path: Path) -> Path:
     """A base model with pad = eos and no spare token, as many published ones are."""
     tokenizer = train_tokenizer(iter(TEXTS), 300)
     tokenizer.pad_token = tokenizer.eos_token
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    LlamaForCausalLM(tiny_llama_for(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     # The pad token that our own tokenizers have becomes an ordinary one, so that none is to spare.
     path = tmp_path / "model" / "tokenizer.json"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from data_prep.conversation import Message
 from data_prep.tables import table_writer
@@ -21,6 +21,7 @@ from data_prep.tokenise import SCHEMAS
 from data_prep.tokenizer import prompt_ids
 from tasks.base import train_tokenizer
 from tasks.config import PPOConfig
+from tests.tiny import tiny_llama_for
 
 pytestmark = pytest.mark.slow
 
@@ -48,17 +49,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SFT, reward model and prompts, tiny."""
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = train_tokenizer(iter(TEXTS), 300)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=1,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = tiny_llama_for(tokenizer, num_hidden_layers=2, num_labels=1, initializer_range=0.2)
     torch.manual_seed(0)
     for name, model_class in (("sft", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
         model_class(config).save_pretrained(folder / name / "model")

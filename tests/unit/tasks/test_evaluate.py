@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from data_prep.conversation import Message
 from data_prep.tables import table_writer
@@ -14,6 +14,7 @@ from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
 from tasks import evaluate
 from tasks.base import train_tokenizer
 from tasks.training.job import Job
+from tests.tiny import tiny_llama_for
 
 TEXTS = ["Human: tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
 QUESTIONS = ["tell me of the pear", "what is red?", "a plum or an apple", "is the pear green"]
@@ -24,17 +25,7 @@ def models(folder: Path, vocabulary: int, template: str | None, seed: int) -> di
     tokenizer = train_tokenizer(iter(TEXTS), vocabulary)
     if template:
         tokenizer.chat_template = template
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=1,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = tiny_llama_for(tokenizer, num_labels=1, initializer_range=0.3)
     torch.manual_seed(seed)
     for name, model_class in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
         model_class(config).save_pretrained(folder / name)

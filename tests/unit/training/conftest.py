@@ -1,14 +1,16 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture(scope="package")
 def llama() -> LlamaForCausalLM:
     """A random Llama whose next tokens are not all alike."""
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=50,
+    config = tiny_llama(
+        50,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from tasks.config import LimitsConfig, PPOConfig
 from tasks.training import checkpoint, ppo
@@ -27,19 +27,10 @@ from tasks.training.kl import adapted_kl_coef
 from tasks.training.models import Policy, ScalarModel
 from tasks.training.rollout import generate
 from tasks.training.types import Experience, StepReport
+from tests.tiny import tiny_llama
 
 EOS, PAD, CPU = 1, 0, torch.device("cpu")
 PROMPTS = [[5, 9, 14], [7], [20, 21, 22, 23, 24, 25], [30, 31]]
-SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-}
 SMALL = {"rollout_batch_size": 4, "batch_size": 4, "micro_batch_size": 3, "kl_coef": 0.1}
 
 
@@ -74,8 +65,9 @@ class PlainEngine:
 
 def networks(learning_rate: float = 0.0) -> Networks:
     torch.manual_seed(0)
-    policy = Policy(LlamaForCausalLM(LlamaConfig(**SHAPE)))
-    reward = ScalarModel(LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=1)))
+    config = tiny_llama(50, initializer_range=0.3, pad_token_id=PAD, eos_token_id=EOS, num_labels=1)
+    policy = Policy(LlamaForCausalLM(config))
+    reward = ScalarModel(LlamaForSequenceClassification(config))
     return Networks(
         policy=PlainEngine(policy, learning_rate),
         critic=PlainEngine(copy.deepcopy(reward), learning_rate),

@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 
 from flows.prepare import prepare_data
 from flows.promotion import promotion
-from tasks import dag, figures, headlines, plan, report, steps, tracking, train
+from tasks import dag, figures, headlines, lineage, lineage_graph, plan, report, steps, tracking, train
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.promote import Judgement, Verdict, needs_comparison
@@ -188,11 +188,25 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
     if not all(ref.cached for ref in trained.values()):  # else an earlier run has the same picture
         picture = figures.curves({key: ref.directory for key, ref in trained.items()})
         if picture:
-            address = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-            create_image_artifact(address, key="curves", description="Reward, KL and losses")
+            create_image_artifact(_png(picture), key="curves", description="Reward, KL and losses")
+    if "ppo" in outcome.refs:
+        _lineage_artifacts(run, outcome.refs["ppo"])
     where = f"[{summary.flow_run}]({summary.run_url})" if summary.run_url else tracking.how_to_open(run.store)
     text = f"MLflow run `{run.run_id}`: {where}\n\nReport: `{path}`\n"
     create_markdown_artifact(text, key="mlflow", description="The run in MLflow")
+
+
+def _lineage_artifacts(run: Run, policy: StageRef) -> None:
+    """Where the policy came from, as a list with links to the runs behind it, and drawn."""
+    record = lineage.gather(policy.directory)
+    text = lineage.markdown(record, lambda made_by: steps.pages(run.store, made_by))
+    create_markdown_artifact(text, key="lineage", description="What the policy was made from")
+    create_image_artifact(_png(lineage_graph.draw(record, "png")), key="lineage-graph", description="The same, drawn")
+
+
+def _png(picture: bytes) -> str:
+    """The address of an image that needs no server to be fetched from."""
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
 def _table_line(row: StepRow) -> dict[str, str]:

@@ -40,6 +40,7 @@ def make(
     name: str,
     force: bool = False,
     resumable: bool = False,
+    made_by: Mapping[str, str] | None = None,
     datasets: Sequence[tuple[str, Path, str]] = (),
     on_progress: Progress = lambda step, total, metrics: None,
     on_wait: Callable[[str], None] = print,
@@ -60,7 +61,7 @@ def make(
         return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, on_progress, on_wait)
 
     try:
-        ref = stages.run(stage, work, force=force, resumable=resumable, on_wait=on_wait)
+        ref = stages.run(stage, work, force=force, resumable=resumable, made_by=made_by, on_wait=on_wait)
     except BaseException as error:
         if run_id is not None:
             with suppress(Exception):  # the cause is to be seen, not that the store is down as well

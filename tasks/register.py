@@ -19,12 +19,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from tasks import dag, tracking
+from tasks import dag, lineage, tracking
 from tasks.card import card
 from tasks.config import RunConfig
 from tasks.stages import Stage, StageRef, finished, read_manifest, run
 
-ROOTS = ("tasks.register", "tasks.card")
+ROOTS = ("tasks.register", "tasks.card", "tasks.lineage")
 LINEAGE = {
     "data": "tokenise",
     "base": "base",
@@ -196,8 +196,9 @@ def _link_models(directory: Path, config: RunConfig, refs: Mapping[str, StageRef
         made = refs[model.stage]
         _link_tree(made.directory / model.folder, folder / "model")
         tracking.describe_model(folder, model.pipeline)
-        lineage = _lineage(refs, model.stage) | {"model": made}
-        (folder / "README.md").write_text(card(model.name, model.purpose, _lines(refs, model), lineage))
+        made_from = _lineage(refs, model.stage) | {"model": made}
+        (folder / "README.md").write_text(card(model.name, model.purpose, _lines(refs, model), made_from))
+        lineage.write(folder, made.directory)
         sizes[f"{model.part}_bytes"] = sum(file.stat().st_size for file in (folder / "model").iterdir())
     return sizes
 

@@ -98,9 +98,12 @@ def run(
     *,
     force: bool = False,
     resumable: bool = False,
+    made_by: Mapping[str, str] | None = None,
     on_wait: Callable[[str], None] = print,
 ) -> StageRef:
     """The finished stage: as it lies there, or made by `work(directory)`, which returns the stage's metrics.
+
+    `made_by` goes into the manifest: the run that makes it, for those who ask later.
 
     Only one process at a time makes a stage; others wait for it and then find it done. What an interrupted try left
     behind is deleted first, unless the stage is `resumable` and was not finished before; `force` always starts afresh.
@@ -115,7 +118,7 @@ def run(
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
         started = time.time()
         metrics = work(directory)
-        return _commit(stage, directory, metrics, started)
+        return _commit(stage, directory, metrics, started, made_by or {})
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -171,7 +174,9 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _commit(stage: Stage, directory: Path, metrics: Mapping[str, Any], started: float) -> StageRef:
+def _commit(
+    stage: Stage, directory: Path, metrics: Mapping[str, Any], started: float, made_by: Mapping[str, str]
+) -> StageRef:
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     files = file_digests(directory)
     manifest = {
@@ -185,6 +190,7 @@ def _commit(stage: Stage, directory: Path, metrics: Mapping[str, Any], started: 
         "config": dict(stage.config),
         "code": {"digest": code_digest(stage.roots), **_commit_of_the_repo()},
         "versions": _versions(),
+        "made_by": dict(made_by),
         "metrics": dict(metrics),
         "files": files,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),

@@ -16,11 +16,11 @@ from uuid import UUID
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.client.schemas.objects import State
-from prefect.runtime import task_run
+from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
 from infra.gpu import GpuInfrastructure, resolve
-from tasks import dag, launched, stages, tracking
+from tasks import assets, dag, launched, lineage, stages, tracking
 from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice, Node
 from tasks.headlines import headline
@@ -52,6 +52,8 @@ class Run:
     run_id: str
     """The MLflow run of the flow run."""
     infrastructure: GpuInfrastructure
+    origin: Mapping[str, str]
+    """Names the run to those who find a stage of it later: `flow_run_id` of Prefect, `mlflow_run`."""
 
     @cached_property
     def graph(self) -> dag.Graph:
@@ -61,7 +63,8 @@ class Run:
 def open_run(config: RunConfig, choice: Choice, run_id: str) -> Run:
     """The run that an MLflow run belongs to."""
     store = tracking.open_store(dag.workspace(config))
-    return Run(config, choice, store, run_id, infrastructure(config))
+    origin = {"flow_run_id": str(flow_run.root_flow_run_id or ""), "mlflow_run": run_id}
+    return Run(config, choice, store, run_id, infrastructure(config), origin)
 
 
 def infrastructure(config: RunConfig) -> GpuInfrastructure:
@@ -85,7 +88,8 @@ def make(run: Run, key: str, refs: Mapping[str, StageRef], work: Work | None = N
     watcher().started(key)
     ref = _finished_or_made(run, node, dag.stage(run.config, node, refs), work)
     watcher().finished(key, ref)
-    page, figure = stage_page(key, ref, node, refs), headline(ref.stage, ref.metrics)
+    assets.materialised(ref, [refs[name] for name in node.inputs.values()], node.config)
+    page, figure = stage_page(run, key, ref, refs), headline(ref.stage, ref.metrics)
     create_markdown_artifact(page, key=artifact_key(key), description=figure)
     return Completed(name="Cached", data=ref) if ref.cached else ref
 
@@ -109,12 +113,15 @@ def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> 
             name=node.key,
             force=force,
             resumable=node.resumable,
+            made_by=run.origin,
             datasets=datasets(node.stage, stage),
             on_progress=Progress(node.key),
             on_wait=watcher().said,
         )
     assert work is not None, f"{node.key} is made in this process, so its task has to say how"
-    ref = stages.run(stage, lambda directory: work(stage, directory), force=force, on_wait=watcher().said)
+    ref = stages.run(
+        stage, lambda directory: work(stage, directory), force=force, made_by=run.origin, on_wait=watcher().said
+    )
     tracking.link_cached(run.store, run.run_id, ref, node.key)
     return ref
 
@@ -156,18 +163,39 @@ class Progress:
             update_progress_artifact(self.artifact, progress=percent, description=description)
 
 
-def stage_page(key: str, ref: StageRef, node: Node, refs: Mapping[str, StageRef]) -> str:
-    """What a stage's artifact says in Prefect: where it lies, what it was made from, what came out."""
+def stage_page(run: Run, key: str, ref: StageRef, refs: Mapping[str, StageRef]) -> str:
+    """What a stage's artifact says in Prefect: where it lies, which runs made it and its inputs, what came out."""
+    inputs = run.graph[key].inputs
+    manifest = stages.read_manifest(ref.directory) or {}
     lines = [f"## {key}{' (cached)' if ref.cached else ''}", "", headline(ref.stage, ref.metrics), ""]
-    lines += [f"`{ref.path}`", "", f"Made in {ref.seconds:.1f} s; digest `{ref.digest[:16]}`.", ""]
-    if node.inputs:
-        lines += ["| Input | Stage | Digest |", "|---|---|---|"]
-        read = ((role, refs[name]) for role, name in node.inputs.items())
-        lines += [f"| {role} | {r.stage} {r.fingerprint} | `{r.digest[:16]}` |" for role, r in read]
+    lines += [f"`{ref.path}`", "", f"Made in {ref.seconds:.1f} s by {_links(run.store, manifest)}"]
+    lines += [f"digest `{ref.digest[:16]}`, code `{lineage.commit(manifest) or 'not in git'}`.", ""]
+    if ref.stage == "download":
+        lines += [f"Data: {run.graph[key].source} at revision `{ref.metrics['revision']}`.", ""]
+    if inputs:
+        lines += ["| Input | Stage | Digest | Made by |", "|---|---|---|---|"]
+        for role, read in ((role, refs[name]) for role, name in inputs.items()):
+            made_by = _links(run.store, stages.read_manifest(read.directory) or {})
+            lines.append(f"| {role} | {read.stage} {read.fingerprint} | `{read.digest[:16]}` | {made_by} |")
         lines.append("")
     lines += ["| Metric | Value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _flat(ref.metrics)]
     return "\n".join(lines) + "\n"
+
+
+def pages(store: tracking.Store, made_by: Mapping[str, str]) -> dict[str, str]:
+    """Title -> address of the pages about the run that made a stage; Prefect's own as the path on its server."""
+    found = {}
+    if flow_run_id := made_by.get("flow_run_id"):
+        found["Prefect run"] = f"/runs/flow-run/{flow_run_id}"
+    if (mlflow_run := made_by.get("mlflow_run")) and (address := tracking.run_url(store, mlflow_run)):
+        found["MLflow run"] = address
+    return found
+
+
+def _links(store: tracking.Store, manifest: Mapping[str, Any]) -> str:
+    found = pages(store, manifest.get("made_by", {}))
+    return ", ".join(f"[{title}]({address})" for title, address in found.items()) or "a run that is not known"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

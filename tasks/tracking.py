@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from filelock import FileLock
@@ -257,6 +257,46 @@ def fetch_version(store: Store, version: Version, folder: Path) -> dict[str, Any
             part.rename(folder / part.name)
         fetched.rmdir()
     return {"files": sum(file.is_file() for file in folder.rglob("*"))}
+
+
+def read_file(store: Store, version: Version, name: str) -> str | None:
+    """The text of a file of a registered model, wherever the model lies; None where there is no such file."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    address = urlsplit(version.source)
+    try:
+        if address.scheme == "file":
+            return (Path(unquote(address.path)) / name).read_text()
+        uri = _client(store.uri).get_model_version_download_uri(version.name, str(version.version))
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(download_artifacts(f"{uri}/{name}", dst_path=folder, tracking_uri=store.uri)).read_text()
+    except (MlflowException, OSError):
+        return None
+
+
+def named_version(store: Store, name: str) -> Version:
+    """The version that a user means by `models:/NAME@ALIAS`, `models:/NAME/VERSION`, either without `models:/`, or NAME
+    alone (its champion, else its newest). Raises ValueError that names what there is."""
+    model, at, wanted = name.removeprefix("models:/").partition("@")
+    number = ""
+    if not at:
+        model, _, number = model.partition("/")
+    known = versions(store, model)
+    if not known:
+        names = ", ".join(registered_names(store)) or "none yet; `rlhf run` registers the first"
+        raise ValueError(f"There is no registered model {model}; registered: {names}.")
+    if number:
+        if not number.isdigit():
+            raise ValueError(f"{name}: write a version as models:/{model}/3 or models:/{model}@{CHAMPION}.")
+        return find_version(store, model, int(number))
+    for version in known:
+        if (wanted or CHAMPION) in version.aliases:
+            return version
+    if at:
+        aliases = sorted({alias for version in known for alias in version.aliases})
+        raise ValueError(f"{model} has no alias {wanted}; it has {', '.join(aliases) or 'none'}.")
+    return known[0]
 
 
 def describe_model(folder: Path, task: str) -> None:

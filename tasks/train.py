@@ -98,6 +98,7 @@ def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
         run.store,
         run.run_id,
         name="compare",
+        made_by=run.origin,
         datasets=datasets("compare", stage),
         on_progress=Progress("compare"),
         on_wait=watcher().said,

@@ -44,7 +44,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-        except typer.Exit:
+        except (typer.Exit, SystemExit):  # rich ends the process where a pipe is closed, as by `| head`
             raise
         except BaseException as error:  # Ctrl-C too, which typer would turn into a bare exit code
             raise typer.Exit(report(error)) from error

@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from flows.cli import errors, infra, models, run, servers
+from flows.cli import errors, infra, lineage, models, run, servers
 
 app = typer.Typer(
     name="rlhf",
@@ -19,6 +19,7 @@ app.command(epilog=run.STEPS)(errors.told(run.plan))
 app.command()(errors.told(servers.doctor))
 app.command()(errors.told(models.models))
 app.command()(errors.told(models.promote))
+app.command()(errors.told(lineage.lineage))
 app.command()(errors.told(servers.ui))
 
 infrastructure = typer.Typer(help="The infrastructure blocks that a run can name.", no_args_is_help=True)

@@ -32,7 +32,7 @@ def models(workspace: Workspace = WORKSPACE, debug: Debug = False) -> None:
     """Show the registered models: versions, aliases, metrics."""
     from tasks import tracking
 
-    store = _existing_store(workspace)
+    store = existing_store(workspace)
     names = tracking.registered_names(store) if store else []
     if not names:
         console.console.print("No model is registered yet; `rlhf run CONFIG` registers the first.")
@@ -54,7 +54,7 @@ def promote(
     from tasks import promote as promoting
     from tasks import tracking
 
-    store = _existing_store(workspace)
+    store = existing_store(workspace)
     if store is None:
         raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")
     policy = promoting.resolve(store, name)  # what is wrong with the request shows before a server starts
@@ -68,7 +68,7 @@ def promote(
     console.console.print(verdict.reason, soft_wrap=True)
 
 
-def _existing_store(workspace: Path) -> "Store | None":
+def existing_store(workspace: Path) -> "Store | None":
     """The store of a workspace, or None: looking does not make one."""
     import os
 

@@ -43,9 +43,9 @@ def test_datasets_of_a_stage(config: RunConfig, make_all: Any) -> None:
     assert read("blend") == []
 
 
-def test_page_of_a_stage_names_its_inputs(config: RunConfig, make_all: Any) -> None:
+def test_page_of_a_stage_names_its_inputs(config: RunConfig, make_all: Any, run: Run) -> None:
     refs = make_all(config)
-    page = stage_page("tokenise", replace(refs["tokenise"], metrics={}), dag.graph(config)["tokenise"], refs)
+    page = stage_page(run, "tokenise", replace(refs["tokenise"], metrics={}), refs)
     assert refs["split"].fingerprint in page
     assert refs["base"].digest[:16] in page
     assert f"`{refs['tokenise'].path}`" in page
@@ -85,7 +85,7 @@ def run(config: RunConfig) -> Run:
     from infra.gpu import GpuInfrastructure
 
     store = tracking.Store("sqlite:////x.db", config.workspace, None, "e", "1")
-    return Run(config, Choice(), store, "run", GpuInfrastructure(device="cpu"))
+    return Run(config, Choice(), store, "run", GpuInfrastructure(device="cpu"), {})
 
 
 def model(folder: Path) -> Path:
@@ -122,7 +122,7 @@ def test_every_stage_in_this_process_has_its_work(run: Run) -> None:
 
 
 def test_a_stage_before_from_has_to_be_there(run: Run) -> None:
-    late = Run(run.config, Choice(from_step="sft"), run.store, run.run_id, run.infrastructure)
+    late = Run(run.config, Choice(from_step="sft"), run.store, run.run_id, run.infrastructure, {})
     with pytest.raises(ConfigError, match="demo before it is not finished"):
         steps._finished_or_made(late, late.graph["demo"], dag.stage(late.config, late.graph["demo"], {}), None)
 

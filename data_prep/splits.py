@@ -1,5 +1,8 @@
 """The blended set to phases (SFT, reward, PPO and perhaps the judge) and sides (train, eval), without a leak.
 
+The judge is a second reward model, trained on pairs that neither the first nor PPO has seen, so that it can tell
+whether PPO got better or has only learnt to please the first.
+
 A group goes to one phase and one side as a whole, by a hash of its name: the answer does not depend on what else is in
 the set.  The written files are read again at the end, and a group on two sides fails the step.
 """
@@ -15,7 +18,6 @@ from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
 
 PHASES = ("sft", "reward", "ppo", "judge")
 SIDES = ("train", "eval")
-DEFAULT_RATIO = (2.0, 4.0, 4.0)
 
 
 def phase_of(group: str, ratio: Sequence[float], seed: int) -> str:
@@ -53,7 +55,8 @@ def split(
         if not writer.rows:
             raise ValueError(
                 f"The {side} rows of {phase} came out empty: add rows, or raise "
-                + ("data.eval_fraction." if side == "eval" else f"the share of {phase} in data.phases.")
+                + ("data.eval_fraction" if side == "eval" else f"the share of {phase} in data.phases")
+                + (", or leave the judge out of data.phases." if phase == "judge" else ".")
             )
     groups = {key: [row["group"] for row in iter_rows(path, ["group"])] for key, path in paths.items()}
     check_no_leak(groups)

@@ -70,8 +70,8 @@ class DataConfig(Section):
     """Generate the six sets instead of reading them."""
     sources: dict[str, SourceConfig] = Field(default_factory=lambda: {name: SourceConfig() for name in SIX_SETS})
     """Hub name of a set (or any label, with `path`) -> how it is read."""
-    phases: tuple[PositiveFloat, ...] = (2, 4, 4)
-    """Shares of SFT : reward model : PPO."""
+    phases: tuple[PositiveFloat, ...] = (2, 4, 3, 1)
+    """Shares of SFT : reward model : PPO : judge, a second reward model that PPO never sees; [2, 4, 4]: no judge."""
     eval_fraction: float = Field(0.05, gt=0, lt=0.5)
     """Share of the groups that is held out, where a set has no test split of its own."""
     max_prompt_tokens: Positive = 256
@@ -81,9 +81,12 @@ class DataConfig(Section):
 
     @field_validator("phases")
     @classmethod
-    def _three_phases(cls, phases: tuple[float, ...]) -> tuple[float, ...]:
-        if len(phases) != 3:
-            raise ValueError(f"needs three shares, SFT : reward model : PPO, for example [2, 4, 4]; got {len(phases)}")
+    def _three_or_four_phases(cls, phases: tuple[float, ...]) -> tuple[float, ...]:
+        if len(phases) not in (3, 4):
+            raise ValueError(
+                "needs the shares of SFT : reward model : PPO and perhaps the judge, for example [2, 4, 3, 1] or "
+                f"[2, 4, 4]; got {len(phases)}"
+            )
         return phases
 
     @field_validator("sources")
@@ -362,6 +365,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"--set {override}: write it as path=value, for example ppo.kl_coef=0.1")
     *parents, leaf = path.split(".")
+    if parents[:2] == ["data", "sources"]:
+        _name_sources(tree)
     for key in parents:
         if tree.get(key) is None:
             tree[key] = {}
@@ -372,6 +377,13 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree[leaf] = yaml.safe_load(value)
     except yaml.YAMLError:
         tree[leaf] = value
+
+
+def _name_sources(tree: dict[str, Any]) -> None:
+    """Write the default sources into a tree that names none, so that an override of one keeps the others."""
+    data = tree.setdefault("data", {}) or {}
+    if isinstance(data, dict) and data.get("sources") is None:
+        tree["data"] = {**data, "sources": {name: {} for name in SIX_SETS}}
 
 
 def _faults(error: ValidationError) -> Iterator[str]:

@@ -29,7 +29,7 @@ def prepare(hub: Path, root: Path, tokenizer: Path, max_rows: int | None = None)
     for step in ("blend", "split", "tokens"):
         (root / step).mkdir()
     metrics["blend"] = blend(cleaned, {}, 0, root / "blend")
-    metrics["split"] = split(root / "blend", [2, 4, 4], 0.1, 0, root / "split")
+    metrics["split"] = split(root / "blend", [2, 4, 3, 1], 0.1, 0, root / "split")
     metrics["tokens"] = tokenise(root / "split", tokenizer, 1000, 1000, root / "tokens")
     return metrics
 
@@ -58,7 +58,7 @@ def test_the_demo_hub_from_end_to_end(demo_hub: Path, tmp_path: Path, tokenizer_
     assert metrics["blend"]["sources"]["Dahoas/full-hh-rlhf"]["train"]["drops"]["leak"] >= 0.8 * static_test
     # No prompt that a model trains on is judged on, and none is in two phases.
     files = sorted((tmp_path / "one" / "split").glob("*.arrow"))
-    assert len(files) == 6
+    assert len(files) == 8
     for number, file in enumerate(files):
         for other in files[:number]:
             assert not prompts(file) & prompts(other), (file.name, other.name)

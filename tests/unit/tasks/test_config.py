@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+
+from tasks.config import SIX_SETS, ConfigError, load, parse
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: unit\n")
+    return path
+
+
+def test_setting_one_source_keeps_the_others(file: Path) -> None:
+    config = load(file, ["data.sources.stanfordnlp/SHP.max_rows=5", "data.sources.own.path=own.jsonl"])
+    assert tuple(config.data.sources) == (*SIX_SETS, "own")
+    assert config.data.sources["stanfordnlp/SHP"].max_rows == 5
+    assert config.data.sources["own"].path == "own.jsonl"
+
+
+def test_sources_that_a_config_names_are_all_there_are(file: Path) -> None:
+    file.write_text("data:\n  sources:\n    own: {path: own.jsonl}\n")
+    config = load(file, ["data.sources.own.weight=2"])
+    assert list(config.data.sources) == ["own"]
+    assert config.data.sources["own"].weight == 2
+    file.write_text("data: 3\n")
+    with pytest.raises(ConfigError, match="data holds a value, not keys"):
+        load(file, ["data.sources.own.weight=2"])
+
+
+def test_phases_are_three_or_four() -> None:
+    assert parse({}).data.phases == (2, 4, 3, 1)
+    assert parse({"data": {"phases": [2, 4, 4]}}).data.phases == (2, 4, 4)
+    with pytest.raises(ConfigError, match=r"data\.phases: needs the shares of .*got 5"):
+        parse({"data": {"phases": [1, 1, 1, 1, 1]}})

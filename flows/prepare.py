@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefect import flow, unmapped
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
-from tasks import prepare, report
+from tasks import data_report, page, prepare, steps, tracking
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.stages import StageRef
@@ -30,9 +30,23 @@ def prepare_data(config: RunConfig, choice: Choice, run_id: str) -> Refs:
         refs |= made
         if choice.is_reached(run.graph, refs):
             break
-    if lines := report.data_table(refs):
+    if lines := data_report.data_table(refs):
         create_table_artifact(rows_by_source(lines), key="data", description="Rows by source, and drops by reason")
+    if "tokenise" in refs:
+        _report(run, refs)
     return refs
+
+
+def _report(run: Run, refs: Refs) -> None:
+    """The data's report as artifacts, and the sources as dataset inputs of the MLflow run."""
+    made = data_report.make(run.config, refs)
+    text = data_report.markdown(refs, made)
+    create_markdown_artifact(text, key="data-report", description="Lengths, shares, drops, length bias")
+    if not made.cached:  # else an earlier run has the same picture
+        picture = (made.directory / data_report.FIGURES).read_bytes()
+        create_image_artifact(page.embedded(picture), key="data-figures", description="The same, drawn")
+    tracking.log_sources(run.store, run.run_id, steps.sources(run.config, refs))
+    tracking.log_file(run.store, run.run_id, made.directory / data_report.PAGE, "data")
 
 
 def _steps(run: Run, refs: Refs) -> Iterator[Refs]:
@@ -55,7 +69,7 @@ def _steps(run: Run, refs: Refs) -> Iterator[Refs]:
 
 
 def rows_by_source(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of `report.data_table` as Prefect shows a table: a column per reason for which rows were dropped."""
+    """The lines of `data_report.data_table` as a table in Prefect: a column per reason for which rows were dropped."""
     reasons = sorted({reason for line in lines for reason in line["counts"]})
     return [
         {"source": line["name"], "rows": line["rows_in"], "kept": line["kept"]}

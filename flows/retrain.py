@@ -4,7 +4,6 @@ It may end early (`until`), begin late (`from_stage`) or make one stage anew (`f
 finished is never made again. What the run came to is written to a report.
 """
 
-import base64
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from prefect.runtime import flow_run
 
 from flows.prepare import prepare_data
 from flows.promotion import promotion
-from tasks import dag, figures, headlines, lineage, lineage_graph, plan, report, steps, tracking, train
+from tasks import dag, figures, headlines, lineage, lineage_graph, page, plan, report, steps, tracking, train
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.promote import Judgement, Verdict, needs_comparison
@@ -188,7 +187,7 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
     if not all(ref.cached for ref in trained.values()):  # else an earlier run has the same picture
         picture = figures.curves({key: ref.directory for key, ref in trained.items()})
         if picture:
-            create_image_artifact(_png(picture), key="curves", description="Reward, KL and losses")
+            create_image_artifact(page.embedded(picture), key="curves", description="Reward, KL and losses")
     if "ppo" in outcome.refs:
         _lineage_artifacts(run, outcome.refs["ppo"])
     where = f"[{summary.flow_run}]({summary.run_url})" if summary.run_url else tracking.how_to_open(run.store)
@@ -201,14 +200,11 @@ def _lineage_artifacts(run: Run, policy: StageRef) -> None:
     record = lineage.gather(policy.directory)
     text = lineage.markdown(record, lambda made_by: steps.pages(run.store, made_by))
     create_markdown_artifact(text, key="lineage", description="What the policy was made from")
-    create_image_artifact(_png(lineage_graph.draw(record, "png")), key="lineage-graph", description="The same, drawn")
-
-
-def _png(picture: bytes) -> str:
-    """The address of an image that needs no server to be fetched from."""
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    create_image_artifact(
+        page.embedded(lineage_graph.draw(record, "png")), key="lineage-graph", description="The same, drawn"
+    )
 
 
 def _table_line(row: StepRow) -> dict[str, str]:
-    time = "cached" if row.cached else report.duration(row.seconds)
+    time = "cached" if row.cached else page.duration(row.seconds)
     return {"step": row.step, "time": time, "main metric": row.metric}

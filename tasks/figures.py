@@ -119,9 +119,14 @@ def _draw_panel(axes: Any, panel: Panel, rows: Rows) -> None:
         axes.plot(held_out, measured, "D", color=GUIDE, markersize=6, label=f"held out: {measured[-1]:.3g}", zorder=5)
     if panel.band or measured:
         axes.legend(fontsize=8, frameon=False)
-    axes.set_title(panel.title, fontsize=10.5, fontweight="bold", color=INK, loc="left")
-    axes.set_xlabel("rollout" if panel.stage == "ppo" else "optimizer step", fontsize=8.5, color=INK)
-    axes.set_ylabel(panel.unit, fontsize=8.5, color=INK)
+    plain(axes, panel.title, "rollout" if panel.stage == "ppo" else "optimizer step", panel.unit)
+
+
+def plain(axes: Any, title: str, below: str, left: str) -> None:
+    """The look of every panel: a title, two labels, a light grid, two spines."""
+    axes.set_title(title, fontsize=10.5, fontweight="bold", color=INK, loc="left")
+    axes.set_xlabel(below, fontsize=8.5, color=INK)
+    axes.set_ylabel(left, fontsize=8.5, color=INK)
     axes.tick_params(labelsize=8, colors=INK)
     axes.grid(color="#e8ebf0", linewidth=0.7)
     axes.set_axisbelow(True)

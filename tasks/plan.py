@@ -37,7 +37,17 @@ class Line:
 
 def plan(config: RunConfig, choice: Choice | None = None) -> list[Line]:
     """A line per stage, in the order of the run, up to `--until`."""
-    choice = choice or Choice()
+    return _looked_up(config, choice or Choice())[0]
+
+
+def finished(config: RunConfig, until: str) -> dict[str, StageRef] | None:
+    """The stages up to a step by key, if they are all finished, else None."""
+    lines, refs = _looked_up(config, Choice(until=until))
+    return refs if len(refs) == len(lines) else None
+
+
+def _looked_up(config: RunConfig, choice: Choice) -> tuple[list[Line], dict[str, StageRef]]:
+    """A line per stage, and those that are finished by key."""
     refs: dict[str, StageRef] = {}
     lines = []
     graph = dag.graph(config)
@@ -49,7 +59,7 @@ def plan(config: RunConfig, choice: Choice | None = None) -> list[Line]:
             refs[node.key] = ref
         if choice.is_reached(graph, {line.key for line in lines}):
             break
-    return lines
+    return lines, refs
 
 
 def together(lines: Sequence[Line]) -> list[list[Line]]:

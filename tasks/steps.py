@@ -136,6 +136,23 @@ def datasets(name: str, stage: Stage) -> list[tuple[str, Path, str]]:
     return [(name, folder / f"{name}.arrow", context) for name, context in (both if phase == name else both[1:])]
 
 
+def sources(config: RunConfig, refs: Mapping[str, StageRef]) -> list[tracking.Source]:
+    """The sets that the data was made from, with the rows that each gave the phases."""
+    from data_prep import stats
+
+    rows = stats.phase_table(refs["tokenise"].directory).to_dict("index")
+    found = []
+    for name, settings in config.data.sources.items():
+        downloaded = refs[f"download:{name}"]
+        is_local = settings.path is not None or config.data.demo is not None or config.data.hub is not None
+        counts = {f"rows.{file}": rows[name][file] if name in rows else 0 for file in rows["total"]}
+        path = str(downloaded.directory) if is_local else None
+        found.append(
+            tracking.Source(name, path, str(downloaded.metrics.get("revision", "")), downloaded.digest, counts)
+        )
+    return found
+
+
 class Progress:
     """A launched stage's progress, told to the watcher and kept as a Prefect artifact if the stage is a long one."""
 

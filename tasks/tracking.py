@@ -92,6 +92,19 @@ class Version:
         return self.tags.get("digest")
 
 
+@dataclass(frozen=True)
+class Source:
+    """A preference set as a run used it."""
+
+    name: str
+    path: str | None
+    """A file or folder on this machine; None: a set of the Hugging Face hub."""
+    revision: str
+    digest: str
+    rows: Mapping[str, int]
+    """What is counted, such as "rows.sft" -> rows."""
+
+
 def open_store(workspace: Path) -> Store:
     """The store of MLFLOW_TRACKING_URI, else a SQLite file in the workspace, made and migrated if need be.
 
@@ -199,6 +212,18 @@ def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
 def log_file(store: Store, run_id: str, path: Path, folder: str | None = None) -> None:
     """Keep a file, such as the report, with a run."""
     _client(store.uri).log_artifact(run_id, str(path), folder)
+
+
+def log_sources(store: Store, run_id: str, sources: Iterable["Source"]) -> None:
+    """Name the sets that a run was made from as its dataset inputs, each with its digest, revision and rows."""
+    from mlflow.entities import DatasetInput, InputTag
+
+    inputs = []
+    for source in sources:
+        tags = {"mlflow.data.context": "training", "revision": source.revision, **source.rows}
+        entity = _source_dataset(source)._to_mlflow_entity()
+        inputs.append(DatasetInput(entity, [InputTag(key, str(value)) for key, value in tags.items()]))
+    _client(store.uri).log_inputs(run_id, datasets=inputs)
 
 
 def register_version(
@@ -740,6 +765,20 @@ def _dataset(name: str, path: Path, context: str) -> Any:
         profile=json.dumps(profile),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _source_dataset(source: Source) -> Any:
+    """A set as MLflow's own dataset: its source says where it can be had again, its rows are not copied."""
+    from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.sources import LocalArtifactDatasetSource
+
+    where = (
+        HuggingFaceDatasetSource(source.name, revision=source.revision)
+        if source.path is None
+        else LocalArtifactDatasetSource(source.path)
+    )
+    return MetaDataset(where, name=source.name, digest=source.digest[:16])
 
 
 def _rows(path: Path) -> int:

@@ -100,7 +100,7 @@ def title(step: str) -> str:
 
 def duration(seconds: float) -> str:
     """A time as people say it."""
-    from tasks.report import duration
+    from tasks.page import duration
 
     return duration(seconds)
 

@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from flows.cli import errors, infra, lineage, models, run, servers
+from flows.cli import data, errors, infra, lineage, models, run, servers
 
 app = typer.Typer(
     name="rlhf",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command(epilog=run.STEPS)(errors.told(run.run))
 app.command(epilog=run.STEPS)(errors.told(run.plan))
+app.command()(errors.told(data.data))
 app.command()(errors.told(servers.doctor))
 app.command()(errors.told(models.models))
 app.command()(errors.told(models.promote))

@@ -10,6 +10,7 @@ from flows.cli import console
 from flows.cli.errors import Debug, State
 
 if TYPE_CHECKING:
+    from flows.retrain import Result
     from tasks.config import RunConfig
     from tasks.dag import Choice
 
@@ -41,12 +42,45 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run the whole flow: data in, a registered model out. What is finished already is not made again."""
-    parsed, choice = _checked(config, set_, from_, until, force)
+    parsed, choice = checked(config, set_, from_, until, force)
+    console.result(execute(parsed, choice, debug))
+
+
+def plan(
+    config: Config,
+    set_: Overrides = None,
+    from_: From = None,
+    until: Until = None,
+    force: Force = None,
+    debug: Debug = False,
+) -> None:
+    """Show what a run would do: its stages in order, what is cached, what would run and why. Changes nothing."""
+    from tasks import plan as planning
+    from tasks.headlines import headline_of_many
+
+    parsed, choice = checked(config, set_, from_, until, force)
+    lines = planning.plan(parsed, choice)
+    shown = [
+        (
+            console.title(group[0].key) if len(group) == 1 else f"{group[0].stage} × {len(group)}",
+            "[cyan]cached[/]" if group[0].cached else "[yellow]would run[/]",
+            group[0].why or headline_of_many(group[0].stage, [line.metrics for line in group]),
+            ", ".join(dict.fromkeys(key.partition(":")[0] for key in group[0].reads)),
+        )
+        for group in planning.together(lines)
+    ]
+    console.console.print(console.table(("stage", "", "result, or why it runs", "reads"), shown))
+    cached = sum(line.cached for line in lines)
+    console.console.print(f"\n{cached} of {len(lines)} stages cached, {len(lines) - cached} would run.")
+
+
+def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":
+    """Run the flow with its progress on the console."""
     from flows import local
     from tasks import dag
 
-    workspace = dag.workspace(parsed)
-    name = f"{parsed.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    workspace = dag.workspace(config)
+    name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     logs = workspace / "logs"
     with (
         local.terminated_in_order(),
@@ -63,42 +97,14 @@ def run(
         from tasks.watch import watched_by
 
         tracking.open_store(workspace)  # made and migrated while the server boots
-        with server.connected(), local.logged_to(State.log), watched_by(display), tags(parsed.name):
+        with server.connected(), local.logged_to(State.log), watched_by(display), tags(config.name):
             display.ended("start Prefect and MLflow")
             flow = retrain.with_options(flow_run_name=name)
-            result = flow(parsed, from_stage=choice.from_step, until=choice.until, force=choice.force)
-    console.result(result)
+            result = flow(config, from_stage=choice.from_step, until=choice.until, force=choice.force)
+    return result
 
 
-def plan(
-    config: Config,
-    set_: Overrides = None,
-    from_: From = None,
-    until: Until = None,
-    force: Force = None,
-    debug: Debug = False,
-) -> None:
-    """Show what a run would do: its stages in order, what is cached, what would run and why. Changes nothing."""
-    from tasks import plan as planning
-    from tasks.headlines import headline_of_many
-
-    parsed, choice = _checked(config, set_, from_, until, force)
-    lines = planning.plan(parsed, choice)
-    shown = [
-        (
-            console.title(group[0].key) if len(group) == 1 else f"{group[0].stage} × {len(group)}",
-            "[cyan]cached[/]" if group[0].cached else "[yellow]would run[/]",
-            group[0].why or headline_of_many(group[0].stage, [line.metrics for line in group]),
-            ", ".join(dict.fromkeys(key.partition(":")[0] for key in group[0].reads)),
-        )
-        for group in planning.together(lines)
-    ]
-    console.console.print(console.table(("stage", "", "result, or why it runs", "reads"), shown))
-    cached = sum(line.cached for line in lines)
-    console.console.print(f"\n{cached} of {len(lines)} stages cached, {len(lines) - cached} would run.")
-
-
-def _checked(
+def checked(
     config: Path, overrides: list[str] | None, from_: str | None, until: str | None, force: str | None
 ) -> "tuple[RunConfig, Choice]":
     """Config and choice, with all that can be said against them before any work."""

@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.stats import drop_table, length_bias_table, phase_table
+from data_prep.stats import length_bias_table, phase_table, token_lengths, token_table
 from data_prep.tables import PAIR_SCHEMA, write_table
+from data_prep.tokenise import SCHEMAS
 
 
 def pair(source: str, chosen: str, rejected: str) -> dict[str, Any]:
@@ -16,18 +17,6 @@ def pair(source: str, chosen: str, rejected: str) -> dict[str, Any]:
         "group": "g",
         "weight": 1.0,
     }
-
-
-def test_drops_by_source() -> None:
-    table = drop_table(
-        {
-            "a": {"rows_in": 5, "kept": 3, "drops": {"tie": 2}},
-            "b": {"rows_in": 4, "kept": 2, "drops": {"empty": 1, "tie": 1}},
-        }
-    )
-    assert list(table.columns) == ["rows in", "kept", "empty", "tie"]
-    assert table.loc["a"].tolist() == [5, 3, 0, 2]
-    assert table.loc["total"].tolist() == [9, 5, 1, 3]
 
 
 def test_rows_by_phase_and_side(tmp_path: Path) -> None:
@@ -48,3 +37,16 @@ def test_length_bias(tmp_path: Path) -> None:
     assert table.loc["total", "longer_chosen"] == pytest.approx(2 / 3)  # the pair of equal lengths says nothing
     assert table.loc["total", "pairs"] == 4
     assert table.loc["a", "chosen_chars"] == pytest.approx(3.0)
+
+
+def test_lengths_and_their_percentiles(tmp_path: Path) -> None:
+    sft = [{"prompt": [0] * p, "answer": [0] * a, "source": s} for p, a, s in ((4, 6, "a"), (2, 2, "b"), (6, 2, "a"))]
+    write_table(sft, tmp_path / "sft-train.arrow", SCHEMAS["sft"])
+    pairs = [{"prompt": [0] * 3, "chosen": [0] * 5, "rejected": [0], "weight": 1.0, "source": "a"}]
+    write_table(pairs, tmp_path / "reward-train.arrow", SCHEMAS["reward"])
+    table = token_table(token_lengths(tmp_path))
+    assert table.loc[("sft", "sequence", "a"), ["rows", "mean", "p50", "max", "total"]].tolist() == [2, 9, 9, 10, 18]
+    assert table.loc[("sft", "sequence", "total"), ["rows", "p50", "total"]].tolist() == [3, 8, 22]
+    assert table.loc[("sft", "answer", "b"), "max"] == 2
+    assert table.loc[("reward", "pair", "a"), "total"] == 3 + 5 + 3 + 1  # the prompt is read with either answer
+    assert [key[2] for key in table.index][:3] == ["a", "b", "total"]

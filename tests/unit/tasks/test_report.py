@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import report
+from tasks import data_report, page, report
 from tasks.stages import Stage, StageRef, run
 
 EVIL = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"
@@ -115,20 +115,23 @@ class Page(HTMLParser):
 
 def test_nothing_that_was_generated_becomes_markup(summary):
     html = report.render(summary)
-    page = Page(html)
-    assert "script" not in page.tags
+    shown = Page(html)
+    assert "script" not in shown.tags
     assert "<script" not in html
-    assert page.text.count(EVIL) >= 4 + 2 * 8
-    assert "49" not in re.sub(re.escape("{{ 7 * 7 }}"), "", page.text.split("Answers side by side")[1].split("Data")[0])
+    assert shown.text.count(EVIL) >= 4 + 2 * 8
+    assert "49" not in re.sub(
+        re.escape("{{ 7 * 7 }}"), "", shown.text.split("Answers side by side")[1].split("Data")[0]
+    )
 
 
 def test_page_needs_nothing_else(summary):
-    page = Page(report.render(summary))
-    assert len(page.addresses) == 1
-    assert page.addresses[0].startswith("data:image/png;base64,iVBOR")
-    assert not {"link", "iframe", "object"} & set(page.tags)
-    assert "@import" not in report.STYLE
-    assert "url(" not in report.STYLE
+    html = Page(report.render(summary))
+    assert len(html.addresses) == 1
+    assert html.addresses[0].startswith("data:image/png;base64,iVBOR")
+    assert not {"link", "iframe", "object"} & set(html.tags)
+    style = (page.TEMPLATES / "style.css").read_text()
+    assert "@import" not in style
+    assert "url(" not in style
 
 
 def test_figures_of_the_run_are_there(summary):
@@ -169,7 +172,7 @@ def test_lineage_names_every_stage_and_what_it_reads(refs):
 
 
 def test_data_table_adds_cleaning_and_blending_up(refs):
-    own, total = report.data_table(refs)[1:]
+    own, total = data_report.data_table(refs)[1:]
     assert (own["name"], own["rows_in"], own["kept"]) == ("own", 100, 80)
     assert own["counts"] == {"leak": 8, "too_long": 7, "tie": 5}
     assert own["rows_in"] - own["kept"] == sum(own["counts"].values())
@@ -204,4 +207,4 @@ def test_report_is_written_whole_with_its_folder(summary, tmp_path):
     ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (7800, "2 h 10 min")]
 )
 def test_duration_reads_as_people_say_it(seconds, text):
-    assert report.duration(seconds) == text
+    assert page.duration(seconds) == text

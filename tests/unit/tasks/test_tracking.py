@@ -298,3 +298,27 @@ def test_addresses_only_where_a_server_shows_them(store):
     server = tracking.Store("http://u:p@host:5000/", "/w", None, "e", "7")
     assert tracking.run_url(server, "abc") == "http://host:5000/#/experiments/7/runs/abc"
     assert tracking.model_url(server, "chat-policy", 3) == "http://host:5000/#/models/chat-policy/versions/3"
+
+
+def test_sources_are_dataset_inputs_of_the_run(store, parent):
+    from mlflow.data import get_source
+    from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+
+    tracking.log_sources(
+        store,
+        parent,
+        [
+            tracking.Source("Dahoas/rm-static", None, "0" * 40, "ab" * 32, {"rows.sft-train": 12, "rows.ppo-eval": 3}),
+            tracking.Source("ours", "/data/pairs.jsonl", "local", "cd" * 32, {"rows.sft-train": 1}),
+        ],
+    )
+    inputs = {entry.dataset.name: entry for entry in client(store).get_run(parent).inputs.dataset_inputs}
+    hub = inputs["Dahoas/rm-static"]
+    tags = {tag.key: tag.value for tag in hub.tags}
+    assert hub.dataset.digest == "ab" * 8
+    assert tags["mlflow.data.context"] == "training"
+    assert (tags["revision"], tags["rows.sft-train"], tags["rows.ppo-eval"]) == ("0" * 40, "12", "3")
+    source = get_source(hub)
+    assert isinstance(source, HuggingFaceDatasetSource)
+    assert (source.path, source.revision) == ("Dahoas/rm-static", "0" * 40)
+    assert get_source(inputs["ours"]).uri == "/data/pairs.jsonl"

@@ -191,6 +191,21 @@ class RewardConfig(TrainConfig):
 class SamplingConfig(Section):
     temperature: PositiveFloat = 1.0
     """Divides the logits when sampling and in every log-probability of PPO."""
+    top_k: int = Field(0, ge=0)
+    """Sample from so many likeliest tokens; 0: from all. Log-probabilities stay those of the whole distribution."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
+
+
+class RolloutConfig(Section):
+    """How PPO's answers are sampled: in slots, which are refilled as answers end, or by a plain loop over batches."""
+
+    engine: Literal["auto", "slots", "plain"] = "auto"
+    """auto: slots where the policy allows it (not under ZeRO-3, nor with top_k or top_p)."""
+    slots: Positive | None = None
+    """Answers that a process samples at a time, each with its share of the cache; null: the rollout's, at most 256."""
+    keep_cache: bool = True
+    """Keep the cache while the networks train; false gives its memory to them and makes it anew for each rollout."""
 
 
 class LimitsConfig(Section):
@@ -220,6 +235,7 @@ class PPOConfig(Section):
     epochs: Positive = 1
     """Passes over each pool."""
     sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
     kl_coef: float = Field(0.05, ge=0)
     """Weight of the per-token KL penalty in the reward; the first one if `kl_target` is set."""
     kl_target: PositiveFloat | None = None

@@ -103,6 +103,8 @@ def answers(
             tokenizer.pad_token_id,
             config.sampling.temperature,
             generator,
+            top_k=config.sampling.top_k,
+            top_p=config.sampling.top_p,
         )
         columns += measure(job, config, panel, contestant, part, rollout)
         told(len(columns))

@@ -17,11 +17,16 @@ from torch import Tensor
 from tasks.config import PPOConfig
 from tasks.training.advantages import Moments, explained_variance, gae, token_rewards, whiten
 from tasks.training.batches import at, chunks, left_padded
+from tasks.training.decoder import UnsupportedError
 from tasks.training.job import Job, NotFiniteError
 from tasks.training.kl import kl_estimate
 from tasks.training.ranks import all_sum, any_rank, rank
 from tasks.training.rollout import generate
+from tasks.training.rollout_slots import Request, Sampling, SlotEngine
 from tasks.training.types import Engine, Experience, Rollout, Sequences
+
+MOST_SLOTS = 256
+"""Where the config does not say: more answers at a time make a step longer, hardly a rollout faster."""
 
 
 class Networks(NamedTuple):
@@ -35,6 +40,8 @@ class Networks(NamedTuple):
     """Subtracted from the reward model's scores: 0 is as good as the held-out chosen answers."""
     eos: int
     pad: int
+    slots: SlotEngine | None = None
+    """Samples from the policy; None: the plain loop does."""
 
 
 class Scored(NamedTuple):
@@ -48,21 +55,52 @@ class Scored(NamedTuple):
     scores: Tensor
 
 
+def slot_engine(config: PPOConfig, policy: Engine, prompts: int, longest: tuple[int, int]) -> SlotEngine | None:
+    """The engine that samples from the policy; None where only the plain loop can, or shall.
+
+    Args:
+        prompts: of a rollout, of this process.
+        longest: tokens of the longest prompt and answer.
+
+    Raises ValueError if the config asks for slots where they cannot be.
+    """
+    how = config.rollout
+    if how.engine == "plain":
+        return None
+    try:
+        if config.sampling.top_k or config.sampling.top_p < 1:
+            raise UnsupportedError("top_k and top_p need the plain loop")
+        return SlotEngine(policy.module.model, min(how.slots or MOST_SLOTS, prompts), *longest)
+    except UnsupportedError as error:
+        if how.engine == "slots":
+            raise ValueError(f"ppo.rollout.engine is slots, but {error}; use auto or plain") from None
+        return None
+
+
 def sample(job: Job, config: PPOConfig, networks: Networks, prompts: list[list[int]], rollout_number: int) -> Rollout:
     """Answers of the policy. The randomness is that of (seed, rollout, rank), so a resumed run samples the same."""
     module = networks.policy.module
     module.eval()
-    generator = torch.Generator(job.device).manual_seed(use_seed(job, rollout_number, 0))
-    rollout = generate(
-        module.model,
-        left_padded(prompts, networks.pad, job.device),
-        job.config["max_answer_tokens"],
-        networks.eos,
-        networks.pad,
-        config.sampling.temperature,
-        generator,
-        all_done=lambda done: not any_rank(not done, job.device),
-    )
+    rows = left_padded(prompts, networks.pad, job.device)
+    seed, limit = use_seed(job, rollout_number, 0), job.config["max_answer_tokens"]
+    if networks.slots is not None:
+        sampling = Sampling(limit, config.sampling.temperature, eos_id=networks.eos, pad_id=networks.pad, seed=seed)
+        rollout = networks.slots.generate(Request(rows.input_ids, rows.attention_mask), sampling).rollout()
+        if not config.rollout.keep_cache:
+            networks.slots.shutdown()
+    else:
+        rollout = generate(
+            module.model,
+            rows,
+            limit,
+            networks.eos,
+            networks.pad,
+            config.sampling.temperature,
+            torch.Generator(job.device).manual_seed(seed),
+            all_done=lambda done: not any_rank(not done, job.device),
+            top_k=config.sampling.top_k,
+            top_p=config.sampling.top_p,
+        )
     module.train()
     return rollout
 

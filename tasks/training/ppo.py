@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ from tasks.training.experience import (
     pooled,
     sample,
     score,
+    slot_engine,
     use_seed,
 )
 from tasks.training.job import Job, NotFiniteError, Stopped
@@ -89,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
     config = PPOConfig.model_validate(job.config["ppo"])
     data = read(job, config)
     tokenizer = checked_tokenizer(job)
-    networks = make_networks(job, config, tokenizer)
+    networks = make_networks(job, config, tokenizer, longest_prompt(data.prompts))
     trained = {"policy": networks.policy, "critic": networks.critic}
     ema = Ema(networks.policy.module, config.ema_decay) if config.ema_decay is not None else None
     state, begin = State(config.kl_coef), 0
@@ -145,8 +147,16 @@ def checked_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Networks:
-    """Policy and reference from SFT, critic and reward model from the reward stage, each under its own engine."""
+def longest_prompt(prompts: datasets.Dataset) -> int:
+    """Tokens of the longest prompt of a table."""
+    return int(pc.max(pc.list_value_length(prompts.data["prompt"])).as_py())
+
+
+def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Networks:
+    """Policy and reference from SFT, critic and reward model from the reward stage, each under its own engine.
+
+    `prompt_tokens` are those of the longest prompt.
+    """
     steps = config.steps * config.epochs * (config.pool_size // config.batch_size)
     device, pad = job.device, tokenizer.pad_token_id
     policy = train_engine(
@@ -175,6 +185,12 @@ def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBas
         reward_model=frozen_engine(reward_model, config.reward_engine, device, "ppo.reward_engine"),
         eos=tokenizer.eos_token_id,
         pad=pad,
+        slots=slot_engine(
+            config,
+            policy,
+            config.rollout_batch_size // world_size(),
+            (prompt_tokens, job.config["max_answer_tokens"]),
+        ),
     )
 
 

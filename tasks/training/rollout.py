@@ -1,4 +1,6 @@
-"""Sampling answers: a plain loop over a key-value cache, on the policy's own weights.
+"""Sampling answers: a plain loop over transformers' key-value cache, on the policy's own weights.
+
+The loop for what `rollout_slots.py` does not do: ZeRO-3, truncated distributions, families that it does not know.
 
 Differs from transformers' `generate` in what PPO needs: log-probabilities are gathered as tokens are sampled (with the
 temperature, without any truncation of the distribution), randomness comes from a generator of its own so that a rollout
@@ -25,6 +27,8 @@ def generate(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     all_done: Callable[[bool], bool] = bool,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Rollout:
     """Answers of a causal language model for a batch of prompts.
 
@@ -36,6 +40,7 @@ def generate(
         generator: source of randomness, on the model's device; None: the most likely token (greedy).
         all_done: given whether this rank's rows have all ended, says whether every rank's have. Under ZeRO-3 all ranks
             must take the same number of steps, since each step gathers parameters from all.
+        top_k, top_p: sample from the likeliest tokens only; 0 and 1: from all.
 
     Returns: a Rollout whose sequences are prompt and answer, [B, P + R], where R is the longest answer of the batch.
     """
@@ -56,7 +61,7 @@ def generate(
         )
         cache = output.past_key_values
         logits = output.logits[:, -1]
-        chosen = _choose(logits, temperature, generator)
+        chosen = _choose(logits, temperature, generator, top_k, top_p)
         tokens.append(torch.where(ended, pad_id, chosen))
         logprobs.append(torch.where(ended, 0.0, token_logprobs(logits, chosen, temperature)))
         masks.append(~ended)
@@ -77,8 +82,25 @@ def generate(
     )
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None, top_k: int, top_p: float) -> Tensor:
     if generator is None:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    probabilities = truncated(torch.softmax(logits.float() / temperature, dim=-1), top_k, top_p)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+def truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Probabilities with 0 for all but the likeliest: `top_k` of them, and as many as have `top_p` together.
+
+    Args: probabilities [B, V]; top_k 0 and top_p 1: all. Returns: [B, V]; the rows no longer sum to 1.
+    """
+    if 0 < top_k < probabilities.shape[-1]:
+        least = probabilities.topk(top_k, -1).values[:, -1:]
+        probabilities = torch.where(probabilities >= least, probabilities, 0.0)
+    if top_p < 1:
+        likeliest, order = probabilities.sort(-1, descending=True)
+        before = likeliest.cumsum(-1) - likeliest
+        total = likeliest.sum(-1, keepdim=True)
+        kept = torch.where(before < top_p * total, likeliest, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
+    return probabilities

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data_prep.keys import fraction, messages_digest, prompt_group
-from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
+from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer, write_table
 
 SIDES = ("train", "test")
+GROUPS_SCHEMA = pa.schema([("name", pa.string()), ("group", pa.string())])
 
 
 class Groups:
@@ -36,9 +39,14 @@ class Groups:
         if low != high:
             self._parent[high] = low
 
+    def merged(self) -> Iterator[tuple[str, str]]:
+        """Every name that gave way to another, with the group that it belongs to now, in order."""
+        return ((name, self.of(name)) for name in sorted(self._parent) if self.of(name) != name)
+
 
 def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, out: Path) -> dict[str, Any]:
-    """Write train.arrow and test.arrow (`tables.PAIR_SCHEMA`) from the cleaned folders of the sources, in their order.
+    """Write train.arrow and test.arrow (`tables.PAIR_SCHEMA`) from the cleaned folders of the sources, in their order,
+    and groups.arrow (`GROUPS_SCHEMA`): the names that were merged into a group of another name.
 
     weights: by source, 1 where not named.  Up to 1 it is the share of train groups taken (chosen by a hash of seed and
     group, so that it stays as it is when rows arrive); above 1 all are taken and it becomes their `weight` in the loss.
@@ -59,6 +67,9 @@ def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, 
                 counts[name][side].add(reason)
                 if reason is None:
                     writer.append({**row, "group": group, "weight": max(weight, 1.0)})
+    write_table(
+        ({"name": name, "group": group} for name, group in groups.merged()), out / "groups.arrow", GROUPS_SCHEMA
+    )
     metrics: dict[str, Any] = {
         "sources": {name: {side: count.metrics() for side, count in sides.items()} for name, sides in counts.items()}
     }

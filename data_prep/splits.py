@@ -3,8 +3,9 @@
 The judge is a second reward model, trained on pairs that neither the first nor PPO has seen, so that it can tell
 whether PPO got better or has only learnt to please the first.
 
-A group goes to one phase and one side as a whole, by a hash of its name: the answer does not depend on what else is in
-the set.  The written files are read again at the end, and a group on two sides fails the step.
+A group goes to one phase and one side as a whole: to its home in the split ledger (`data_prep.ledger`), and else by a
+hash of its name, so that the answer does not depend on what else is in the set.  The written files are read again at
+the end, and a group on two sides fails the step.
 """
 
 import math
@@ -12,12 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from data_prep.keys import fraction
+from data_prep.ledger import Group, Ledger, keys_of, read_groups
 from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
 
 PHASES = ("sft", "reward", "ppo", "judge")
 SIDES = ("train", "eval")
+EVAL_KEYS = "eval-keys.arrow"
+KEYS_SCHEMA = pa.schema([("group", pa.string()), ("keys", pa.list_(pa.uint64()))])
 
 
 def phase_of(group: str, ratio: Sequence[float], seed: int) -> str:
@@ -27,30 +35,35 @@ def phase_of(group: str, ratio: Sequence[float], seed: int) -> str:
     return next((PHASES[i] for i, border in enumerate(borders) if at < border), PHASES[len(ratio) - 1])
 
 
-def is_held_out(group: str, eval_fraction: float, seed: int) -> bool:
-    """Whether a group of train rows goes to the eval side."""
-    return fraction("side", str(seed), group) < eval_fraction
-
-
 def split(
-    blended: Path, phases: Sequence[float], eval_fraction: float, seed: int, out: Path
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Write {phase}-{side}.arrow (`tables.PAIR_SCHEMA`) from train.arrow and test.arrow of `blended`.
+    blended: Path, phases: Sequence[float], eval_fraction: float, seed: int, out: Path, ledger: Path | None = None
+) -> dict[str, Any]:
+    """Write {phase}-{side}.arrow (`tables.PAIR_SCHEMA`) from train.arrow, test.arrow and groups.arrow of `blended`.
 
-    phases: the ratio SFT : reward : PPO, with a fourth number for the judge.  eval_fraction: share of the train groups
-    held out in every phase; the sources' own test rows are all on the eval side, each in the phase of its group.
-    Returns {phase: {side: {"rows", "groups"}}}.  ValueError for a bad ratio or a file left empty, RuntimeError for a
-    leak.
+    phases: the ratio SFT : reward : PPO, with a fourth number for the judge.  eval_fraction: share of the new train
+    groups held out in every phase; the sources' own test rows are all on the eval side, each in the phase of its group,
+    and left out where the ledger says that their group was trained on.  ledger: its file, which is only read here;
+    without one no group is known.  Beside the tables go the keys of their groups: {phase}-keys.npy (sorted uint64) of
+    what the phase trains on, eval-keys.arrow (`KEYS_SCHEMA`) of what is held out.  Returns {phase: {side: {"rows",
+    "groups"}}, "trained_before": test rows left out}.  ValueError for a bad ratio or a file left empty, RuntimeError
+    for a leak.
     """
     _check_ratio(phases, eval_fraction)
     names = PHASES[: len(phases)]
+    groups = read_groups(blended)
+    book = Ledger.read(ledger) if ledger else Ledger()
+    homes = book.settle(groups, eval_fraction, seed)
     paths = {(phase, side): out / f"{phase}-{side}.arrow" for phase in names for side in SIDES}
+    trained_before = 0
     with ExitStack() as stack:
         writers = {key: stack.enter_context(table_writer(path, PAIR_SCHEMA)) for key, path in paths.items()}
         for part in ("train", "test"):
             for row in iter_rows(blended / f"{part}.arrow"):
-                held_out = part == "test" or is_held_out(row["group"], eval_fraction, seed)
-                writers[phase_of(row["group"], phases, seed), "eval" if held_out else "train"].append(row)
+                home = homes[row["group"]]
+                if part == "test" and not home.held_out:
+                    trained_before += 1
+                    continue
+                writers[phase_of(home.name, phases, seed), "eval" if home.held_out else "train"].append(row)
     for (phase, side), writer in writers.items():
         if not writer.rows:
             raise ValueError(
@@ -58,12 +71,24 @@ def split(
                 + ("data.eval_fraction" if side == "eval" else f"the share of {phase} in data.phases")
                 + (", or leave the judge out of data.phases." if phase == "judge" else ".")
             )
-    groups = {key: [row["group"] for row in iter_rows(path, ["group"])] for key, path in paths.items()}
-    check_no_leak(groups)
-    return {
-        phase: {side: {"rows": len(groups[phase, side]), "groups": len(set(groups[phase, side]))} for side in SIDES}
+    written = {key: [row["group"] for row in iter_rows(path, ["group"])] for key, path in paths.items()}
+    check_no_leak(written)
+    _write_keys(groups, written, out)
+    counts = {
+        phase: {side: {"rows": len(written[phase, side]), "groups": len(set(written[phase, side]))} for side in SIDES}
         for phase in names
     }
+    return {**counts, "trained_before": trained_before}
+
+
+def _write_keys(groups: Mapping[str, Group], written: Mapping[tuple[str, str], list[str]], out: Path) -> None:
+    for (phase, side), names in written.items():
+        if side == "train":
+            np.save(out / f"{phase}-keys.npy", keys_of(groups, names))
+    held_out = dict.fromkeys(name for (_, side), names in written.items() if side == "eval" for name in names)
+    with table_writer(out / EVAL_KEYS, KEYS_SCHEMA) as writer:
+        for name in held_out:
+            writer.append({"group": name, "keys": groups[name].keys})
 
 
 def _check_ratio(phases: Sequence[float], eval_fraction: float) -> None:

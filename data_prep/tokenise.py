@@ -1,8 +1,8 @@
 """Split pairs to ragged tables of token ids, unpadded, as the training loops read them.
 
 sft-{side}: prompt, answer.  reward-{side} and judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt
-once, with its messages, so that a policy with another tokenizer can be asked the same.  Every answer ends in EOS.
-Nothing is cut: what is too long is dropped and counted.
+once, with its group, and with its messages, so that a policy with another tokenizer can be asked the same.  Every
+answer ends in EOS.  Nothing is cut: what is too long is dropped and counted.
 """
 
 from collections import Counter
@@ -40,8 +40,9 @@ SCHEMAS = {
     "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("source", pa.string())]),
     "reward": _PAIR_IDS,
     "judge": _PAIR_IDS,
-    "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), ("source", pa.string())]),
+    "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), ("source", pa.string()), ("group", pa.string())]),
 }
+KEPT = ("source", "group", "weight")  # as they are, where the schema has them
 # Which answers of a pair each phase reads, and what the column is called there.
 ANSWERS: dict[str, dict[str, str]] = {
     "sft": {"answer": "chosen"},
@@ -110,7 +111,7 @@ def _tokenise_file(
                 assert ids is not None, "a row without ids has a reason"
                 for column, tokens in ids.items():
                     lengths[column].append(len(tokens))
-                writer.append({**ids, "messages": row["prompt"], "weight": row["weight"], "source": row["source"]})
+                writer.append({**ids, "messages": row["prompt"], **{name: row[name] for name in KEPT}})
     return {
         "rows_in": rows_in,
         "kept": writer.rows,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from data_prep import trained
 from data_prep.conversation import HUMAN_ASSISTANT_TEMPLATE
 from data_prep.tables import iter_rows
 from data_prep.tokenizer import check_eos, load_tokenizer
@@ -131,6 +133,7 @@ def use_folder(folder: Path, out: Path) -> dict[str, Any]:
         model.resize_token_embeddings(len(tokenizer))
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
+        trained.keep(out / "model", [folder], np.empty(0, np.uint64))
     else:
         # The weights' digests are a part of what this stage came to: its readers run again when a weight changes.
         digests = {name: entry["sha256"] for name, entry in file_digests(folder).items()}

@@ -73,7 +73,8 @@ class DataConfig(Section):
     phases: tuple[PositiveFloat, ...] = (2, 4, 3, 1)
     """Shares of SFT : reward model : PPO : judge, a second reward model that PPO never sees; [2, 4, 4]: no judge."""
     eval_fraction: float = Field(0.05, gt=0, lt=0.5)
-    """Share of the groups that is held out, where a set has no test split of its own."""
+    """Share of the groups that is held out, where a set has no test split of its own; a group that an earlier run of
+    the workspace has split stays on its side."""
     max_prompt_tokens: Positive = 256
     max_answer_tokens: Positive = 256
     max_chars: Positive = 20_000

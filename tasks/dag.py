@@ -1,8 +1,8 @@
 """The graph of a run: every stage, what it reads, and which config and code decide its result.
 
 The flow, its tasks and `rlhf plan` share this one table, so that what the plan promises is what the flow does. Nothing
-here imports Prefect, torch or the code of a stage: building the graph takes milliseconds, and touches no more than the
-names, sizes and times of local input files.
+here imports Prefect or torch: building the graph takes milliseconds, and touches no more than the names, sizes and
+times of local input files. What of a stage's identity is known only once its inputs are there is added by `stage`.
 """
 
 import difflib
@@ -102,7 +102,22 @@ def workspace(config: RunConfig) -> Path:
 def stage(config: RunConfig, node: Node, refs: Mapping[str, StageRef]) -> Stage:
     """A node with its inputs, ready to be looked up or made; `refs` are finished stages by key."""
     inputs = {role: refs[key] for role, key in node.inputs.items()}
-    return Stage(node.stage, workspace(config), node.config, inputs, node.roots)
+    settings = node.config
+    if node.stage == "split":
+        settings = {**settings, "homes": _homes(settings, inputs["blend"].directory, ledger_file(workspace(config)))}
+    return Stage(node.stage, workspace(config), settings, inputs, node.roots)
+
+
+def ledger_file(workspace: Path) -> Path:
+    """The split ledger of a workspace."""
+    return workspace / "ledger.parquet"
+
+
+def _homes(split: Mapping[str, Any], blended: Path, ledger: Path) -> str:
+    """What the ledger says of a blended set's groups. Once it has taken them in, it says the same for ever."""
+    from data_prep.ledger import Ledger, digest_of, read_groups
+
+    return digest_of(Ledger.read(ledger).settle(read_groups(blended), split["eval_fraction"], split["seed"]))
 
 
 def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageRef) -> Stage:
@@ -110,7 +125,14 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
 
     A part of promotion and not of the graph: which model is champion is known only when the candidate is registered.
     """
-    roles = {"data": "tokenise", "base": "base", "reward": "reward", "evaluate": "evaluate", "candidate": "ppo"}
+    roles = {
+        "data": "tokenise",
+        "split": "split",
+        "base": "base",
+        "reward": "reward",
+        "evaluate": "evaluate",
+        "candidate": "ppo",
+    }
     inputs = {role: refs[key] for role, key in roles.items()} | {"champion": champion}
     return Stage("compare", workspace(config), _evaluation(config), inputs, ("tasks.evaluate",))
 
@@ -237,7 +259,7 @@ def _training(config: RunConfig) -> list[Node]:
     sft = {"sft": config.sft.model_dump(mode="json"), **common}
     reward = {"reward": config.reward.model_dump(mode="json"), **common}
     ppo = {"ppo": config.ppo.model_dump(mode="json"), **common, **answers}
-    data = {"data": "tokenise"}
+    data = {"data": "tokenise", "split": "split"}
     return [
         _trained("sft", sft, {**data, "base": "base"}),
         _trained("reward", reward, {**data, "base": reward_base}),

@@ -20,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.conversation import Message
 from data_prep.demo import true_score
-from data_prep.tables import read_table
+from data_prep.splits import EVAL_KEYS
+from data_prep.tables import iter_rows, read_table
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids, same_tokens
+from data_prep.trained import trained_on
 from tasks.config import EvaluateConfig
 from tasks.training.batches import at, chunks, left_padded, right_padded
 from tasks.training.job import Job
@@ -36,7 +38,7 @@ def run(job: Job) -> dict[str, Any]:
     """Answer, score, compare; writes answers.jsonl. Returns win rate, mean rewards, KL, lengths, EOS rates."""
     config = EvaluateConfig.model_validate(job.config["evaluate"])
     tokenizer = load_tokenizer(job.inputs["tokenizer"])
-    prompts = held_out_prompts(job.inputs["data"], config.prompts)
+    prompts = held_out_prompts(job, config.prompts)
     judge = load_scalar(job.inputs["reward"], tokenizer.pad_token_id).to(job.device, DTYPES[config.precision]).eval()
     if job.stage == "compare":
         ours = [json.loads(line) for line in (job.inputs["evaluate"] / ANSWERS).read_text().splitlines()]
@@ -52,6 +54,8 @@ def run(job: Job) -> dict[str, Any]:
         contestant = Contestant(name, _policy(job.inputs[name], job, config), own)
         columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
+    if job.stage == "compare":
+        rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
     write_rows(job.directory / ANSWERS, rows)
     return summary(rows, pair) | (against_last(rows) if "ema" in names else {})
 
@@ -74,11 +78,35 @@ class Panel:
     reference: Policy | None
 
 
-def held_out_prompts(data: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` held-out prompts of PPO's phase (their order is that of the data: shuffled by hash)."""
-    table = read_table(data / "ppo-eval.arrow")
-    rows: list[dict[str, Any]] = table.select(range(min(count, len(table)))).to_list()
-    return rows
+def held_out_prompts(job: Job, count: int) -> list[dict[str, Any]]:
+    """The first `count` held-out prompts of PPO's phase (their order is that of the data: shuffled by hash).
+
+    Prompts that a model of this run, or one that it comes from, was trained on are none of them.
+    """
+    rows: list[dict[str, Any]] = read_table(job.inputs["data"] / "ppo-eval.arrow").to_list()
+    ours = [job.inputs[role] for role in ("sft", "reward", "ppo", "candidate") if role in job.inputs]
+    return unseen(rows, rows, ours, job.inputs["split"])[:count]
+
+
+def unseen(
+    rows: Sequence[dict[str, Any]], prompts: Sequence[dict[str, Any]], models: Sequence[Path], split: Path
+) -> list[dict[str, Any]]:
+    """The rows whose prompt belongs to no group that one of the models was trained on. ValueError if there is none.
+
+    Args:
+        prompts: of the rows, with their `group`.
+        models: folders that keep what their model and its ancestors were trained on.
+        split: the stage that holds the prompts out.
+    """
+    trained = set(trained_on(models).tolist())
+    seen = {row["group"] for row in iter_rows(split / EVAL_KEYS) if not trained.isdisjoint(row["keys"])}
+    left = [row for row, prompt in zip(rows, prompts, strict=True) if prompt["group"] not in seen]
+    if not left:
+        raise ValueError(
+            "The models that are compared, or those that they come from, were trained on every held-out prompt: "
+            "add rows that are new to them, or keep the split ledger of their workspace."
+        )
+    return left
 
 
 def answers(

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from prefect import task
 
+from tasks import dag
 from tasks.stages import Stage, StageRef
 from tasks.steps import STAGE, Run, make
 
@@ -51,7 +53,15 @@ def blend(run: Run, cleaned: Refs) -> Any:
 @task(name="split", task_run_name="split", **STAGE)
 def split(run: Run, blend: StageRef) -> Any:
     """The pairs of each phase, and those that are held out."""
-    return make(run, "split", {"blend": blend}, work)
+    from data_prep import ledger
+
+    file = dag.ledger_file(dag.workspace(run.config))
+    with FileLock(file.with_name(f".{file.name}.lock")):  # the groups of another run come before or after, not between
+        made = make(run, "split", {"blend": blend}, work)
+        # Only now: a split that failed, say for a side left empty, does not bind the next try.
+        settings = run.graph["split"].config
+        ledger.admit(file, blend.directory, settings["eval_fraction"], settings["seed"])
+    return made
 
 
 @task(name="base", task_run_name="{key}", **STAGE)
@@ -68,7 +78,7 @@ def tokenise(run: Run, split: StageRef, base: StageRef) -> Any:
 
 def work(stage: Stage, out: Path) -> Mapping[str, Any]:
     """Make one of these stages in `out`. Returns its metrics."""
-    inputs = {role: ref.directory for role, ref in stage.inputs.items()}
+    inputs = {role: ref.directory for role, ref in stage.inputs.items()} | {"ledger": dag.ledger_file(stage.workspace)}
     return WORK[stage.name](stage.config, inputs, out)
 
 
@@ -112,7 +122,8 @@ def _blend(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> 
 def _split(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
     from data_prep import splits
 
-    return splits.split(inputs["blend"], config["phases"], config["eval_fraction"], config["seed"], out)
+    settings = config["phases"], config["eval_fraction"], config["seed"]
+    return splits.split(inputs["blend"], *settings, out, inputs["ledger"])
 
 
 def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:

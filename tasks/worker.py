@@ -19,8 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from data_prep import trained
 from infra.launch import STOPPED, report_progress
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
@@ -33,7 +35,8 @@ MODULES = {
     "evaluate": "tasks.evaluate",
     "compare": "tasks.evaluate",
 }
-MODELS = ("base", "sft", "reward", "ppo", "champion")
+TRAINED = ("sft", "reward", "ppo")
+MODELS = ("base", "sft", "reward", "ppo", "candidate", "champion")
 """Inputs that are models: the stages get the Hugging Face folder inside."""
 SECONDS_BETWEEN_PROGRESS = 0.5
 
@@ -92,6 +95,8 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     )
     try:
         report: dict[str, Any] = module.run(job)
+        if stage in TRAINED and is_first_rank():
+            keep_ancestry(job)
     finally:
         if tracker:
             tracker.close()
@@ -129,6 +134,15 @@ def model_folder(directory: Path) -> Path:
     if pointer.exists():
         return Path(json.loads(pointer.read_text())["model"])
     return directory / "model" if (directory / "model").is_dir() else directory
+
+
+def keep_ancestry(job: Job) -> None:
+    """Leave in the stage's models what they and those that they come from were trained on."""
+    ancestors = [job.inputs[role] for role in MODELS if role in job.inputs]
+    own = np.load(job.inputs["split"] / f"{job.stage}-keys.npy")
+    for name in ("model", "ema"):
+        if (job.directory / name).is_dir():
+            trained.keep(job.directory / name, ancestors, own)
 
 
 def leave(directory: Path, kind: str, message: str, resumes_at: int | None = None) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.blend import GROUPS_SCHEMA
 from data_prep.splits import check_no_leak, phase_of, split
 from data_prep.tables import PAIR_SCHEMA, iter_rows, write_table
 
@@ -28,10 +29,15 @@ def row(group: str, number: int) -> dict[str, Any]:
 def write_blended(folder: Path, train: list[str], test: list[str]) -> None:
     for side, groups in (("train", train), ("test", test)):
         write_table([row(group, number) for number, group in enumerate(groups)], folder / f"{side}.arrow", PAIR_SCHEMA)
+    write_table([], folder / "groups.arrow", GROUPS_SCHEMA)
 
 
 def groups_by_file(folder: Path) -> dict[str, Counter[str]]:
-    return {path.stem: Counter(line["group"] for line in iter_rows(path, ["group"])) for path in folder.glob("*.arrow")}
+    return {
+        path.stem: Counter(line["group"] for line in iter_rows(path, ["group"]))
+        for path in folder.glob("*-*.arrow")
+        if path.stem != "eval-keys"
+    }
 
 
 GROUPS = st.lists(st.integers(0, 60), min_size=60, max_size=150).map(

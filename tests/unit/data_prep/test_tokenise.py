@@ -176,7 +176,7 @@ def test_tables_hold_what_each_phase_trains_on(folder: Folder, tokenizer_dir: Pa
     assert reward.column_names == ["prompt", "chosen", "rejected", "weight", "source"]
     assert reward["weight"][:2] == [2.0, 1.0]
     assert tokenizer.decode(reward[1]["rejected"]) == f" heavy axe.{EOS}"
-    assert ppo.column_names == ["prompt", "messages", "source"]
+    assert ppo.column_names == ["prompt", "messages", "source", "group"]
     assert ppo["messages"][0] == [{"role": "user", "content": "hi"}]
     assert [tokenizer.decode(ids) for ids in ppo["prompt"]] == [
         "\n\nHuman: hi\n\nAssistant:",

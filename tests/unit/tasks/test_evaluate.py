@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from data_prep.conversation import Message
+from data_prep.splits import EVAL_KEYS, KEYS_SCHEMA
 from data_prep.tables import table_writer
 from data_prep.tokenise import SCHEMAS
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
+from data_prep.trained import keep
 from tasks import evaluate
 from tasks.base import train_tokenizer
 from tasks.training.job import Job
@@ -52,14 +56,18 @@ def data(ours, tmp_path) -> Path:
     with table_writer(tmp_path / "ppo-eval.arrow", SCHEMAS["ppo"]) as writer:
         for question in QUESTIONS:
             messages = [Message(role="user", content=question)]
-            writer.append({"prompt": prompt_ids(tokenizer, messages), "messages": messages, "source": "mine"})
+            ids = prompt_ids(tokenizer, messages)
+            writer.append({"prompt": ids, "messages": messages, "source": "mine", "group": question})
+    with table_writer(tmp_path / EVAL_KEYS, KEYS_SCHEMA) as writer:
+        for number, question in enumerate(QUESTIONS):
+            writer.append({"group": question, "keys": [number, 100 + number]})
     return tmp_path
 
 
 def job(stage: str, directory: Path, data: Path, ours, **inputs: Path) -> Job:
     directory.mkdir()
     config = {"evaluate": {"prompts": 4, "batch_size": 2, "precision": "fp32"}, "seed": 5, "max_answer_tokens": 10}
-    roles = {"data": data, "tokenizer": ours["policy"], "reward": ours["reward"], **inputs}
+    roles = {"data": data, "split": data, "tokenizer": ours["policy"], "reward": ours["reward"], **inputs}
     return Job(stage, directory, config, roles, torch.device("cpu"), lambda *_: None, lambda *_: None, lambda: False)
 
 
@@ -112,6 +120,30 @@ def test_a_champion_with_another_tokenizer_is_asked_and_judged_by_text(tmp_path,
         with torch.no_grad():
             expected = float(judge(torch.tensor([ids])).logits[0, 0])
         assert row["champion_reward"] == pytest.approx(expected, abs=1e-4)
+
+
+def trained(folder: Path, base: Path, *keys: int) -> Path:
+    """A copy of a model that was trained on these keys."""
+    copytree(base, folder)
+    keep(folder, [], np.array(keys, np.uint64))
+    return folder
+
+
+def test_prompts_that_an_ancestor_was_trained_on_are_not_asked(tmp_path, data, ours):
+    ppo = trained(tmp_path / "ppo", ours["policy"], 7, 102)
+    evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, sft=ours["policy"], ppo=ppo))
+    first = [row["prompt"].split("Human: ")[1].split("\n")[0] for row in rows_of(tmp_path / "evaluate")]
+    assert first == [QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]]
+    champion = trained(tmp_path / "champion", ours["policy"], 3)
+    inputs = {"evaluate": tmp_path / "evaluate", "champion": champion, "candidate": ppo}
+    metrics = evaluate.run(job("compare", tmp_path / "compare", data, ours, **inputs))
+    assert metrics["prompts"] == 2
+    ours_then = rows_of(tmp_path / "evaluate")[:2]
+    assert [row["prompt"] for row in rows_of(tmp_path / "compare")] == [row["prompt"] for row in ours_then]
+    assert [row["champion"] for row in rows_of(tmp_path / "compare")] == [row["ppo"] for row in ours_then]
+    knows_all = trained(tmp_path / "knows-all", ours["policy"], 0, 1, 103)
+    with pytest.raises(ValueError, match="were trained on every held-out prompt"):
+        evaluate.run(job("compare", tmp_path / "none", data, ours, **inputs | {"champion": knows_all}))
 
 
 def test_win_rate_counts_ties_as_half_and_gives_its_interval():

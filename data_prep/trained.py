@@ -1,0 +1,23 @@
+"""What a model and its ancestors were trained on, kept in the model's own folder.
+
+The file goes where the model goes: into the registry, to another machine, into a warm start.  It holds the keys of the
+groups (`data_prep.ledger.key_of`), sorted, 8 bytes each.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+FILE = "trained_on.npy"
+
+
+def trained_on(folders: Iterable[Path]) -> np.ndarray:
+    """The keys that the models in these folders were trained on, as far as they keep any. [keys] uint64, sorted."""
+    files = [folder / FILE for folder in folders if (folder / FILE).is_file()]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *(np.load(file, allow_pickle=False) for file in files)]))
+
+
+def keep(folder: Path, ancestors: Iterable[Path], own: np.ndarray) -> None:
+    """Write into a model's folder what it was trained on itself, and what its ancestors were."""
+    np.save(folder / FILE, np.union1d(trained_on(ancestors), own))

@@ -104,7 +104,9 @@ def test_a_champion_with_another_tokenizer_is_asked_and_judged_by_text(tmp_path,
     asked = []
     generate = evaluate.generate
     monkeypatch.setattr(
-        evaluate, "generate", lambda model, prompts, *rest: asked.append(prompts) or generate(model, prompts, *rest)
+        evaluate,
+        "generate",
+        lambda model, prompts, *rest, **named: asked.append(prompts) or generate(model, prompts, *rest, **named),
     )
     evaluate.run(
         job("compare", tmp_path / "compare", data, ours, evaluate=tmp_path / "evaluate", champion=other["policy"])

@@ -13,20 +13,24 @@ from pathlib import Path
 import yaml
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from flows.prepare import prepare_data
 from flows.promotion import promotion
-from tasks import dag, figures, headlines, lineage, lineage_graph, page, plan, report, steps, tracking, train
+from tasks import dag, figures, headlines, lineage, lineage_graph, page, plan, prune, report, steps, tracking, train
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.promote import Judgement, Verdict, needs_comparison
-from tasks.register import Registration, register_models
+from tasks.register import Registration, register_models, registered_already
 from tasks.report import StepRow
 from tasks.stages import StageRef
 from tasks.steps import Run, open_run
 
 Refs = dict[str, StageRef]
+MOST_TRIES = 5
+"""Of a deployment's run that crashes and is scheduled again."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,12 @@ def _run_name() -> str:
 
 @flow(name="retrain", flow_run_name=_run_name, persist_result=False)
 def retrain(
-    config: RunConfig, from_stage: str | None = None, until: str | None = None, force: str | None = None
-) -> Result:
+    config: RunConfig,
+    from_stage: str | None = None,
+    until: str | None = None,
+    force: str | None = None,
+    only_if_new: bool = False,
+) -> "Result | State[None]":
     """Retrain a model.
 
     Args:
@@ -69,18 +77,27 @@ def retrain(
         from_stage: everything before this step has to be finished; it and all after it are made anew.
         until: the last step.
         force: this one stage is made anew.
+        only_if_new: end at once where data, config and code are those of models that are registered already.
+
+    Returns a Result; None, by a completed state that says so, if there was nothing new.
     """
+    if (flow_run.run_count or 1) > MOST_TRIES:
+        raise RuntimeError(
+            f"The run was started {MOST_TRIES} times without coming to its end; mend that, start another."
+        )
     choice = Choice(from_stage, until, force)
     choice.check(dag.graph(config))
     steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
     plan.check_finished(config, choice)
     store = tracking.open_store(dag.workspace(config))
+    if only_if_new and (done := plan.finished(config)) and registered_already(store, config, done):
+        return Completed(message="Nothing new: data, config and code are those of models that are registered already.")
     name = str(flow_run.name)
     origin = {"prefect.flow_run": name, "prefect.flow_run_id": str(flow_run.id)}
     run_id = tracking.start_run(store, config, origin, name)
     outcome = Outcome()
     try:
-        with tags(config.name):
+        with tags(config.name), prune.in_use(dag.workspace(config)):
             run = open_run(config, choice, run_id)
             for _ in _steps(run, outcome):
                 if choice.is_reached(run.graph, outcome.refs):

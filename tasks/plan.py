@@ -40,8 +40,8 @@ def plan(config: RunConfig, choice: Choice | None = None) -> list[Line]:
     return _looked_up(config, choice or Choice())[0]
 
 
-def finished(config: RunConfig, until: str) -> dict[str, StageRef] | None:
-    """The stages up to a step by key, if they are all finished, else None."""
+def finished(config: RunConfig, until: str | None = None) -> dict[str, StageRef] | None:
+    """The stages up to a step (None: the last) by key, if they are all finished, else None."""
     lines, refs = _looked_up(config, Choice(until=until))
     return refs if len(refs) == len(lines) else None
 

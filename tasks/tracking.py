@@ -414,6 +414,14 @@ def tag_version(store: Store, name: str, version: int, tags: Mapping[str, str]) 
         client.set_model_version_tag(name, str(version), key, value)
 
 
+def delete_version(store: Store, version: Version) -> None:
+    """Take a version out of the registry. Raises ValueError if an alias points at it meanwhile."""
+    with _registry_lock(store):
+        if aliases := find_version(store, version.name, version.version).aliases:
+            raise ValueError(f"{version.name} version {version.version} is {', '.join(aliases)} now, so it stays")
+        _client(store.uri).delete_model_version(version.name, str(version.version))
+
+
 def find_version(store: Store, name: str, version: int) -> Version:
     """A version of a registered model. Raises ValueError that names what exists."""
     known = versions(store, name)

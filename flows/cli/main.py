@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from flows.cli import data, errors, infra, lineage, models, run, servers
+from flows.cli import data, deploy, errors, infra, lineage, models, prune, run, servers
 
 app = typer.Typer(
     name="rlhf",
@@ -21,7 +21,10 @@ app.command()(errors.told(servers.doctor))
 app.command()(errors.told(models.models))
 app.command()(errors.told(models.promote))
 app.command()(errors.told(lineage.lineage))
+app.command()(errors.told(prune.prune))
 app.command()(errors.told(servers.ui))
+app.command()(errors.told(deploy.deploy))
+app.command()(errors.told(deploy.serve))
 
 infrastructure = typer.Typer(help="The infrastructure blocks that a run can name.", no_args_is_help=True)
 infrastructure.command("list")(errors.told(infra.list_))

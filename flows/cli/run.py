@@ -92,7 +92,7 @@ def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":
         display.waiting("start Prefect and MLflow")
         from prefect import tags
 
-        from flows.retrain import retrain
+        from flows.retrain import Result, retrain
         from tasks import tracking
         from tasks.watch import watched_by
 
@@ -101,6 +101,7 @@ def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":
             display.ended("start Prefect and MLflow")
             flow = retrain.with_options(flow_run_name=name)
             result = flow(config, from_stage=choice.from_step, until=choice.until, force=choice.force)
+    assert isinstance(result, Result), "only a run with only_if_new ends without one"
     return result
 
 

@@ -93,8 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command() -> Callable[..., Command]:
-    """(arguments) -> `rlhf` with these, where no Prefect server is configured."""
-    return lambda *arguments: Command(list(arguments), {"PREFECT_API_URL": ""})
+    """(arguments, api=address) -> `rlhf` with these; without an address no Prefect server is configured."""
+    return lambda *arguments, api="": Command(list(arguments), {"PREFECT_API_URL": api})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,62 @@
+"""`rlhf prune`: what no registered model needs goes."""
+
+from collections import defaultdict
+from typing import Annotated
+
+import typer
+
+from flows.cli import console
+from flows.cli.errors import Debug
+from flows.cli.models import WORKSPACE, Workspace, existing_store
+
+
+def prune(
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            "--keep",
+            min=1,
+            help="Delete versions too: all but each model's newest so many and those with an alias.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only show what would go.")] = False,
+    workspace: Workspace = WORKSPACE,
+    debug: Debug = False,
+) -> None:
+    """Remove stages, checkpoints and copies that no registered version was made from. Shows first what would go."""
+    from tasks import prune as pruning
+
+    store = existing_store(workspace)
+    if store is None:
+        raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")
+    planned = pruning.plan(store, keep)
+    groups: dict[tuple[str, str], list[pruning.Removal]] = defaultdict(list)
+    for removal in planned.removals:
+        groups[removal.directory.parent.name, removal.why].append(removal)
+    lines = [
+        (stage, str(len(group)), size(sum(removal.size for removal in group)), why)
+        for (stage, why), group in groups.items()
+    ]
+    lines += [
+        (version.name, f"version {version.version}", "", "beyond --keep, no alias") for version in planned.versions
+    ]
+    if not lines:
+        console.console.print("Nothing to remove: every stage in the workspace is behind a registered version.")
+        return
+    console.console.print(
+        console.table(("stage", "directories", "frees", "why"), lines, right=("directories", "frees"))
+    )
+    if not yes:
+        console.console.print(f"\n{size(planned.size)} in all. Nothing is removed yet: add --yes.")
+        return
+    pruning.carry_out(store, planned)
+    console.console.print(f"\n{size(planned.size)} removed.")
+
+
+def size(count: float) -> str:
+    """A number of bytes as people read it."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

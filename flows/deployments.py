@@ -1,0 +1,181 @@
+"""Retraining by schedule or on demand: the deployment of `retrain`, and what watches over its runs.
+
+    deploy(request)     on a work pool, whose workers start the runs: `prefect worker start --pool gpu`
+    serve(request)      without a worker: this process starts them, in processes of their own, until it is stopped
+
+A run that dies without a word (kill -9, the machine) is found and starts again: Prefect's server takes a run whose
+heartbeats stop for crashed, and a crashed run is scheduled anew, as the same run, which goes on from its checkpoints;
+after `retrain.MOST_TRIES` tries it fails. Both are automations, made here, one pair per deployment.
+
+Run as a program it serves the request of its one argument, a JSON object: `rlhf serve` starts it under a supervisor,
+since Prefect's runner leaves the flows' processes behind when it is stopped.
+"""
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.events import EventTrigger
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, Posture
+from prefect.exceptions import ObjectNotFound
+
+from flows.retrain import retrain
+from tasks.config import ConfigError, RunConfig
+from tasks.stages import REPO
+
+HEARTBEAT_SECONDS = 60
+SECONDS_TO_ZOMBIE = 4 * HEARTBEAT_SECONDS
+STILL = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
+"""States in which a run sends no heartbeats."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a deployment is to be; plain values, so that it can pass to another process."""
+
+    name: str
+    config: Mapping[str, Any]
+    """The tree of a RunConfig whose paths are absolute, as a run may start in any folder."""
+    cron: str | None = None
+    timezone: str | None = None
+    """Of `cron`, such as Europe/Berlin; None: UTC."""
+    overlap: Literal["queue", "cancel"] = "queue"
+    """What becomes of a run that is due while an earlier one of this deployment runs: it waits, or is cancelled."""
+    only_if_new: bool = True
+    """A run ends at once where data, config and code are those of the last one."""
+    pool: str | None = None
+    """Work pool; None with `serve`."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of a worker's runs."""
+
+
+def absolute(config: RunConfig) -> dict[str, Any]:
+    """The tree of a config with its local paths made absolute."""
+    tree = config.model_dump(mode="json")
+    tree["workspace"] = _absolute(config.workspace)
+    tree["data"]["hub"] = _absolute(config.data.hub)
+    for name, source in config.data.sources.items():
+        tree["data"]["sources"][name]["path"] = _absolute(source.path)
+    for key in ("policy", "reward"):
+        if isinstance(model := tree["models"][key], str) and Path(model).expanduser().is_dir():
+            tree["models"][key] = _absolute(model)
+    return tree
+
+
+def deployment(request: Request) -> RunnerDeployment:
+    """The deployment, not yet known to a server. Raises ConfigError for a schedule that is none."""
+    strategy = {"queue": ConcurrencyLimitStrategy.ENQUEUE, "cancel": ConcurrencyLimitStrategy.CANCEL_NEW}
+    try:
+        schedule = CronSchedule(cron=request.cron, timezone=request.timezone or "UTC") if request.cron else None
+    except ValueError as error:
+        reason = str(error).splitlines()[-1].strip().partition(" [type")[0].removeprefix("Value error, ")
+        raise ConfigError(f"--cron {request.cron!r}, --timezone {request.timezone}: {reason}") from None
+    made = retrain.to_deployment(
+        request.name,
+        schedules=[schedule] if schedule else None,
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=strategy[request.overlap]),
+        parameters={"config": dict(request.config), "only_if_new": request.only_if_new},
+        tags=[str(request.config["name"])],
+        description="Retrains an aligned chat model: SFT, reward model, PPO; a better one becomes champion.",
+        work_pool_name=request.pool,
+        job_variables=_job_variables(request) if request.pool else None,
+        entrypoint_type=EntrypointType.MODULE_PATH,  # a path would put flows/ first on sys.path
+    )
+    assert isinstance(made, RunnerDeployment)
+    return made
+
+
+def deploy(request: Request) -> UUID:
+    """Make or renew the deployment on its work pool, which is made (type process) if there is none of that name."""
+    assert request.pool is not None, "a deployment without a work pool is served"
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(request.pool)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=request.pool, type="process"))
+        known = deployment(request).apply()
+        assert isinstance(known, UUID)
+        watch_over(client, known, request.name)
+    return known
+
+
+def serve(request: Request) -> None:
+    """Start the runs of the deployment in processes of this one until it is stopped."""
+    from prefect.runner import Runner
+
+    runner = Runner(name=request.name, pause_on_shutdown=False, limit=1)
+    known = runner.add_deployment(deployment(request))
+    assert isinstance(known, UUID)
+    with get_client(sync_client=True) as client:
+        watch_over(client, known, request.name)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a stop it shows the tracebacks of open connections
+    with suppress(asyncio.CancelledError, KeyboardInterrupt):  # how a stop ends it
+        asyncio.run(runner.start())
+
+
+def watch_over(client: SyncPrefectClient, deployment_id: UUID, name: str) -> None:
+    """Make or renew the automations that find dead runs of a deployment and start them again."""
+    of_ours = {"prefect.resource.role": "deployment", "prefect.resource.id": f"prefect.deployment.{deployment_id}"}
+    any_run = {"prefect.resource.id": "prefect.flow-run.*"}
+    dead = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in STILL)},
+        match=any_run,
+        match_related=of_ours,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=SECONDS_TO_ZOMBIE),
+    )
+    crashed = EventTrigger(
+        expect={"prefect.flow-run.Crashed"},
+        match=any_run,
+        match_related=of_ours,
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+    lost = f"It gave no sign of life for {SECONDS_TO_ZOMBIE} s."
+    again = "It crashed and starts again, from its checkpoints."
+    for automation in (
+        AutomationCore(
+            name=f"retrain/{name}: dead runs have crashed",
+            trigger=dead,
+            actions=[ChangeFlowRunState(state=StateType.CRASHED, name=None, message=lost)],
+        ),
+        AutomationCore(
+            name=f"retrain/{name}: crashed runs start again",
+            trigger=crashed,
+            actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="Rescheduled", message=again)],
+        ),
+    ):
+        for old in client.read_automations_by_name(automation.name):
+            client.delete_automation(old.id)
+        client.create_automation(automation)
+
+
+def _job_variables(request: Request) -> dict[str, Any]:
+    environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), "DO_NOT_TRACK": "1"}
+    return {"working_dir": str(REPO), "env": environment | dict(request.env)}
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+if __name__ == "__main__":
+    serve(Request(**json.loads(sys.argv[1])))

@@ -1,0 +1,139 @@
+"""Clears a workspace: which stage directories nothing needs any more, and their removal.
+
+Needed is what a registered version was made from (its lineage record) and where it lies itself. Everything else is
+either work that was never registered, an unfinished stage with its checkpoints, or a copy that can be fetched again
+(`champion/`). While a run is going on nothing is removed: it may be about to read what looks unused.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tasks import lineage, tracking
+from tasks.dag import STAGES
+from tasks.stages import MANIFEST
+from tasks.tracking import Store, Version
+
+FOLDERS = (*STAGES, "compare", "champion", "register")
+"""Of a workspace: those that hold stage directories."""
+LOCK = ".runs.lock"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A stage directory that may go."""
+
+    directory: Path
+    why: str
+    size: int
+    """Bytes that its removal gives back: files that another directory links to stay."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a workspace could be rid of."""
+
+    versions: list[Version]
+    """Registered versions beyond those to keep."""
+    removals: list[Removal]
+
+    @property
+    def size(self) -> int:
+        return sum(removal.size for removal in self.removals)
+
+
+def plan(store: Store, keep: int | None = None) -> Plan:
+    """What could go. Changes nothing.
+
+    Args:
+        keep: versions of each model that stay, the newest, beside all that have an alias; None: every version.
+
+    Raises ValueError where a version that stays keeps no lineage record: what it needs is then not known.
+    """
+    every = [version for name in tracking.registered_names(store) for version in tracking.versions(store, name)]
+    dropped = [] if keep is None else list(_beyond(store, keep))
+    numbers = {(version.name, version.version) for version in dropped}
+    kept = [version for version in every if (version.name, version.version) not in numbers]
+    workspace = Path(store.workspace)
+    needed = set(_needed(store, kept))
+    candidates = [folder for stage in FOLDERS for folder in sorted((workspace / stage).glob("*/"))]
+    unused = [folder for folder in candidates if folder.resolve() not in needed]
+    gone = {(stat.st_dev, stat.st_ino): stat.st_nlink for folder in unused for stat in _stats(folder)}
+    links: dict[tuple[int, int], int] = {}
+    removals = []
+    for folder in unused:
+        size = 0
+        for stat in _stats(folder):
+            place = (stat.st_dev, stat.st_ino)
+            links[place] = links.get(place, 0) + 1
+            if links[place] == gone[place]:  # the last name of the file
+                size += stat.st_size
+        removals.append(Removal(folder, _why(folder), size))
+    return Plan(dropped, removals)
+
+
+def carry_out(store: Store, planned: Plan) -> None:
+    """Remove what was planned, the registered versions first: none of them is ever without its files.
+
+    Raises ValueError while a run is going on in the workspace.
+    """
+    with _no_run(Path(store.workspace)):
+        for version in planned.versions:
+            tracking.delete_version(store, version)
+        for removal in planned.removals:
+            # Renamed first, so that a half-removed directory is never taken for a stage.
+            trash = removal.directory.with_name(f".removed-{removal.directory.name}")
+            removal.directory.rename(trash)
+            shutil.rmtree(trash)
+            removal.directory.with_name(f".{removal.directory.name}.lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def in_use(workspace: Path) -> Iterator[None]:
+    """Held by a run, so that nothing is removed under it; any number of runs may hold it, and a dead one does not."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    with (workspace / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _no_run(workspace: Path) -> Iterator[None]:
+    with (workspace / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"a run is going on in {workspace}; prune it when that has ended") from None
+        yield
+
+
+def _beyond(store: Store, keep: int) -> Iterator[Version]:
+    for name in tracking.registered_names(store):
+        without_alias = [version for version in tracking.versions(store, name)[keep:] if not version.aliases]
+        yield from without_alias
+
+
+def _needed(store: Store, versions: Iterable[Version]) -> Iterator[Path]:
+    """The directories that versions lie in or were made from."""
+    workspace = Path(store.workspace)
+    for version in versions:
+        address = urlsplit(version.source)
+        if address.scheme == "file":
+            yield Path(unquote(address.path)).parent.resolve()
+        for step in lineage.of_version(store, version)["steps"]:
+            yield (workspace / step).resolve()
+
+
+def _why(folder: Path) -> str:
+    if folder.parent.name == "champion":
+        return "a copy of a registered model"
+    return "nothing registered needs it" if (folder / MANIFEST).exists() else "was not finished"
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    return (path.stat() for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,129 @@
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks import lineage, prune, tracking
+from tasks.stages import Stage, run
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return tracking.open_store(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def store(template, tmp_path):
+    (tmp_path / "mlflow.db").write_bytes((Path(template.workspace) / "mlflow.db").read_bytes())
+    return tracking.open_store(tmp_path)
+
+
+def made(store, name: str, inputs=None, content="x" * 1000, **config):
+    def work(directory):
+        (directory / "out.txt").write_text(content)
+        return {}
+
+    return run(Stage(name, Path(store.workspace), config, inputs or {}, ()), work)
+
+
+def registered(store, seed: int) -> int:
+    """A policy of its own SFT, on a base that all share; its files are linked, as `tasks.register` does."""
+    base = made(store, "base")
+    sft = made(store, "sft", {"base": base}, f"sft {seed}" * 100, seed=seed)
+    ppo = made(store, "ppo", {"sft": sft}, f"ppo {seed}" * 100, seed=seed)
+    folder = Path(store.workspace) / "register" / f"{seed}" / "policy"
+    folder.mkdir(parents=True)
+    os.link(ppo.directory / "out.txt", folder / "out.txt")
+    lineage.write(folder, ppo.directory)
+    return tracking.register_version(store, "chat-policy", folder, None, {"digest": ppo.digest})
+
+
+def left(store) -> dict[str, int]:
+    """Stage -> directories of it."""
+    workspace = Path(store.workspace)
+    return {
+        stage: len(list((workspace / stage).glob("*/"))) for stage in ("base", "sft", "ppo", "register", "champion")
+    }
+
+
+def test_what_a_version_was_made_from_stays(store):
+    registered(store, 1)
+    made(store, "sft", {"base": made(store, "base")}, "tried once" * 100, seed=99)
+    unfinished = Path(store.workspace) / "ppo" / "0123456789abcdef" / "checkpoints"
+    unfinished.mkdir(parents=True)
+    (unfinished / "weights").write_bytes(bytes(5000))
+    copy = Path(store.workspace) / "champion" / "0123456789abcdef"
+    copy.mkdir(parents=True)
+    planned = prune.plan(store)
+    assert {(r.directory.parent.name, r.why) for r in planned.removals} == {
+        ("sft", "nothing registered needs it"),
+        ("ppo", "was not finished"),
+        ("champion", "a copy of a registered model"),
+    }
+    assert left(store) == {"base": 1, "sft": 2, "ppo": 2, "register": 1, "champion": 1}  # a plan changes nothing
+    prune.carry_out(store, planned)
+    assert left(store) == {"base": 1, "sft": 1, "ppo": 1, "register": 1, "champion": 0}
+    assert prune.plan(store) == prune.Plan([], [])
+    assert not list(Path(store.workspace).glob("*/.removed-*"))
+
+
+def test_keep_deletes_old_versions_but_none_with_an_alias(store):
+    for seed in (1, 2, 3):
+        registered(store, seed)
+    tracking.set_alias(store, "chat-policy", "champion", 1)
+    planned = prune.plan(store, keep=1)
+    assert [version.version for version in planned.versions] == [2]
+    # The policy of version 2 has two names, in ppo/ and register/, and both go: it counts once.
+    names = {removal.directory.parent.name for removal in planned.removals}
+    assert names == {"sft", "ppo", "register"}
+    files = {path.stat().st_ino: path.stat().st_size for r in planned.removals for path in r.directory.rglob("*.*")}
+    assert planned.size == sum(files.values())
+    prune.carry_out(store, planned)
+    assert [version.version for version in tracking.versions(store, "chat-policy")] == [3, 1]
+    for version in tracking.versions(store, "chat-policy"):
+        lineage.of_version(store, version)
+        assert (Path(store.workspace) / "register" / str(version.version) / "policy" / "out.txt").exists()
+
+
+def test_a_file_that_another_directory_links_to_frees_nothing(store):
+    registered(store, 1)
+    kept = next((Path(store.workspace) / "ppo").glob("*/out.txt"))
+    copy = Path(store.workspace) / "champion" / "c"
+    copy.mkdir(parents=True)
+    os.link(kept, copy / "out.txt")
+    assert prune.plan(store).size == 0
+
+
+def test_an_alias_that_moves_meanwhile_saves_its_version(store):
+    for seed in (1, 2):
+        registered(store, seed)
+    planned = prune.plan(store, keep=1)
+    tracking.set_alias(store, "chat-policy", "champion", 1)
+    with pytest.raises(ValueError, match="chat-policy version 1 is champion now"):
+        prune.carry_out(store, planned)
+    assert left(store)["register"] == 2
+
+
+def hold(workspace: str, ready, done) -> None:
+    with prune.in_use(Path(workspace)):
+        ready.set()
+        done.wait(60)
+
+
+def test_nothing_is_removed_under_a_run_and_a_dead_run_holds_nothing(store):
+    made(store, "sft", seed=1)
+    planned = prune.plan(store)
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(store.workspace, ready, done))
+    process.start()
+    assert ready.wait(60)
+    with prune.in_use(Path(store.workspace)), pytest.raises(ValueError, match="a run is going on"):  # two runs at once
+        prune.carry_out(store, planned)
+    process.kill()
+    process.join()
+    prune.carry_out(store, planned)
+    assert left(store)["sft"] == 0

@@ -97,6 +97,8 @@ def train_engine(
     _check_device(config, device, where)
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile_layers:
+        _compile_layers(model)
     adam = _adam(model, config, optimizer, device, where)
     schedule = get_scheduler(
         optimizer.schedule, adam, num_warmup_steps=round(optimizer.warmup_ratio * steps), num_training_steps=steps
@@ -117,6 +119,8 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
 
     _check_device(config, device, where)
     model.requires_grad_(False)
+    if config.compile_layers:
+        _compile_layers(model)
     stage = 3 if config.zero_stage == 3 else 0
     settings = _deepspeed_config(config.model_copy(update={"zero_stage": stage, "offload_optimizer": False}))
     engine, *_ = deepspeed.initialize(model=model.to(device), config=settings)
@@ -182,6 +186,13 @@ def _adam(
             )
         return DeepSpeedCPUAdam(groups, **settings)
     return torch.optim.AdamW(groups, **settings, fused=device.type == "cuda")
+
+
+def _compile_layers(model: Any) -> None:
+    """Compile each decoder layer when it is first called; they share their code, so one compilation serves them all."""
+    for module in model.modules():
+        if type(module).__name__ in model.model._no_split_modules:
+            module.compile()
 
 
 def _check_device(config: EngineConfig, device: torch.device, where: str) -> None:

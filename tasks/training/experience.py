@@ -20,6 +20,7 @@ from tasks.training.batches import at, chunks, left_padded
 from tasks.training.decoder import UnsupportedError
 from tasks.training.job import Job, NotFiniteError
 from tasks.training.kl import kl_estimate
+from tasks.training.models import TokenScores
 from tasks.training.ranks import all_sum, any_rank, rank
 from tasks.training.rollout import generate
 from tasks.training.rollout_slots import Request, Sampling, SlotEngine
@@ -49,7 +50,8 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
+    """None where the update makes it: a pool of one optimizer step needs no forward pass of the policy before."""
     reference: Tensor
     values: Tensor
     scores: Tensor
@@ -114,7 +116,10 @@ def score(config: PPOConfig, networks: Networks, rollout: Rollout) -> Scored:
         _score_part(config, networks, rows_of(rollout.sequences, part), start)
         for part in chunks(range(rows), config.micro_batch_size)
     ]
-    logprobs, entropy, reference, values, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+    reference, values, scores = (torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True))
+    logprobs, entropy = rollout.logprobs, None
+    if policy := [part[0] for part in parts if part[0] is not None]:
+        logprobs, entropy = (torch.cat(column) for column in zip(*policy, strict=True))
     if not bool(torch.isfinite(scores).all()):
         raise NotFiniteError("the reward model gave a score that is no number; its training diverged, see stage reward")
     return Scored(rollout, logprobs, entropy, reference, values, scores - networks.score_mean)
@@ -157,8 +162,10 @@ def _metrics(scored: Scored, kl: Tensor, returns: Tensor) -> dict[str, float]:
         }
     )
     variance = per_answer.pop("ppo/reward_squared") - per_answer["ppo/reward"] ** 2
-    gap = (scored.logprobs - rollout.logprobs).abs()
-    per_token = means_of_tokens({"ppo/entropy": scored.entropy, "rollout/logprob_gap": gap}, mask)
+    per_token = {}
+    if scored.entropy is not None:
+        gap = (scored.logprobs - rollout.logprobs).abs()
+        per_token = means_of_tokens({"ppo/entropy": scored.entropy, "rollout/logprob_gap": gap}, mask)
     return {
         **per_answer,
         **per_token,
@@ -208,12 +215,14 @@ def experience_rows(experience: Experience, rows: Tensor) -> Experience:
 
 def _score_part(
     config: PPOConfig, networks: Networks, sequences: Sequences, start: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    policy = networks.policy(sequences, start, config.sampling.temperature, with_entropy=True)
+) -> tuple[TokenScores | None, Tensor, Tensor, Tensor]:
+    policy = None
+    if not config.one_step:
+        policy = networks.policy(sequences, start, config.sampling.temperature, with_entropy=True)
     reference = networks.reference(sequences, start, config.sampling.temperature).logprobs
     values = networks.critic(sequences)[:, start - 1 : -1]
     scores = at(networks.reward_model(sequences), last_token(sequences.attention_mask))
-    return policy.logprobs, policy.entropy, reference, values, scores
+    return policy, reference, values, scores
 
 
 def last_token(attention_mask: Tensor) -> Tensor:

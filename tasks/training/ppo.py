@@ -13,7 +13,8 @@ numbers are those of Huang et al. 2024, "The N+ implementation details of RLHF w
   18  an answer without EOS keeps its score minus a penalty; EOS is never appended (19)
   20  dropout off in all four models
   21  old log-probabilities from the training forward pass, so that the first ratio is 1 exactly; the gap to those of
-      the sampling pass is logged as rollout/logprob_gap
+      the sampling pass is logged as rollout/logprob_gap. Where a pool is one optimizer step, old and new are one pass,
+      and the KL penalty takes the log-probabilities that were sampled
   23  KL penalty per token, in the reward, k1 by default;  29  its weight fixed or adaptive
   24  the score stands at the last action of the answer, EOS where there is one
   27  scores are normalised by running moments if asked for, never by those of one batch
@@ -298,8 +299,14 @@ def optimizer_steps(
             sums["ptx"].append(loss.detach())
             return text_scale * loss
         start = answers_start(batch.answer_mask, batch.sequences)
-        new = networks.policy(batch.sequences, start, config.sampling.temperature).logprobs
-        loss, stats = policy_loss(new, batch.logprobs, batch.advantages, batch.answer_mask, config.clip_range)
+        made = networks.policy(batch.sequences, start, config.sampling.temperature, with_entropy=config.one_step)
+        new, old = made.logprobs, batch.logprobs
+        if config.one_step:
+            gap = torch.where(batch.answer_mask, (new.detach() - old).abs(), 0.0)
+            sums["ppo/entropy"].append(torch.where(batch.answer_mask, made.entropy, 0.0).sum())
+            sums["rollout/logprob_gap"].append(gap.sum())
+            old = new.detach()
+        loss, stats = policy_loss(new, old, batch.advantages, batch.answer_mask, config.clip_range)
         exploded = exploding(stats.ratio, batch.answer_mask, config.max_ratio)
         sums["ppo/policy_loss"].append(loss.detach())
         sums["ppo/approx_kl"].append(stats.approx_kl)

@@ -69,7 +69,7 @@ class Experience(NamedTuple):
     answer_mask: Tensor
     """[B, R] bool"""
     logprobs: Tensor
-    """[B, R] fp32, of the policy that sampled, by the training forward pass"""
+    """[B, R] fp32, of the policy that sampled, by the training forward pass (by sampling, in a pool of one step)"""
     values: Tensor
     """[B, R] fp32, of the critic before the update"""
     advantages: Tensor

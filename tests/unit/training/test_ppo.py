@@ -100,8 +100,9 @@ def single(whole: Experience, row: int) -> tuple[list[int], int, int]:
     return ids, len(ids) - int(whole.answer_mask[row].sum()), len(ids)
 
 
-def test_in_the_first_pass_the_ratio_is_one_and_nothing_is_clipped(tmp_path):
-    config = PPOConfig(**SMALL)
+@pytest.mark.parametrize("epochs", [1, 2], ids=["one step, one pass of the policy", "old log-probabilities before"])
+def test_in_the_first_pass_the_ratio_is_one_and_nothing_is_clipped(tmp_path, epochs):
+    config = PPOConfig(**SMALL, epochs=epochs)
     nets = networks()
     made, metrics = experience(nets, config)
     found = ppo.update(job(tmp_path), config, nets, None, ppo.Data([], None), ppo.State(0.1), made, 0)
@@ -109,12 +110,13 @@ def test_in_the_first_pass_the_ratio_is_one_and_nothing_is_clipped(tmp_path):
     assert found["ppo/approx_kl"] == pytest.approx(0, abs=1e-9)
     assert found["ppo/clip_fraction"] == found["ppo/value_clip_fraction"] == found["ppo/exploded"] == 0
     assert metrics["ppo/kl"] == pytest.approx(0, abs=1e-5)
-    assert metrics["rollout/logprob_gap"] < 1e-5
+    assert (found if config.one_step else metrics)["rollout/logprob_gap"] < 1e-5
+    assert (found if config.one_step else metrics)["ppo/entropy"] > 0
 
 
 def test_gradients_are_those_of_the_sequences_one_by_one():
     """Clipped losses as one token mean over the optimizer batch, whatever the padding and the micro-batches."""
-    config = PPOConfig(**SMALL)
+    config = PPOConfig(**SMALL, epochs=2)
     nets = networks()
     made, _ = experience(nets, config)
     made = made._replace(logprobs=made.logprobs + 0.3 * torch.randn(made.logprobs.shape), values=made.values + 0.3)
@@ -187,7 +189,7 @@ def test_passes_end_early_when_the_policy_has_moved_too_far(tmp_path):
 
 
 def test_a_micro_batch_whose_ratio_explodes_gives_the_policy_no_gradient():
-    config = PPOConfig(**SMALL, max_ratio=5.0)
+    config = PPOConfig(**SMALL, epochs=2, max_ratio=5.0)
     nets = networks()
     made, _ = experience(nets, config)
     far = made._replace(logprobs=made.logprobs - 40.0, advantages=-made.advantages.abs() - 1)

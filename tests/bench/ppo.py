@@ -1,0 +1,266 @@
+"""PPO's speed: rollouts alone, and whole steps with generation, scoring and training counted.
+
+    python tests/bench/ppo.py [CASE ...] [--tiny]
+
+The work is that of DeepSpeed-Chat's benchmark on one GPU: OPT-1.3B's shape as policy and reference, OPT-350M's as
+critic and reward model, random weights, 256 prompt and 256 answer tokens, 64 answers in one optimizer step, full
+fine-tuning in bf16 with fp32 master weights, one epoch. The first step, in which all is compiled and captured, is shown
+apart. `--tiny` runs every case in small on a CPU and records nothing.
+"""
+
+import argparse
+import gc
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+for name, value in {
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "WORLD_SIZE": 1,
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": 29571,
+}.items():
+    os.environ.setdefault(name, str(value))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig
+
+from tasks.config import EngineConfig, OptimizerConfig, PPOConfig
+from tasks.training import ppo
+from tasks.training.ema import Ema
+from tasks.training.engine import frozen_engine, start, train_engine
+from tasks.training.experience import Networks
+from tasks.training.job import Job
+from tasks.training.models import Policy, ScalarModel
+from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
+from tests.bench.records import hardware, record
+
+DSCHAT = {"name": "DeepSpeed-Chat", "value": 11.4, "source": "same work on one H100, scoring left out; TRL 1.12: 5.2"}
+VLLM = {64: 1.13, 256: 2.98}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What `--tiny` makes smaller."""
+
+    policy: OPTConfig
+    critic: OPTConfig
+    prompt: int = 256
+    answer: int = 256
+    batch: int = 64
+    micro_batch: int = 16
+    precision: Any = "bf16"
+    compiled: bool = True
+    repeats: int = 5
+
+
+def opt(hidden: int, layers: int, heads: int, **changes: Any) -> OPTConfig:
+    return OPTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=4 * hidden,
+        word_embed_proj_dim=changes.pop("word_embed_proj_dim", hidden),
+        dropout=0.0,
+        num_labels=1,
+        **changes,
+    )
+
+
+FULL = Size(opt(2048, 24, 32), opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False))
+TINY = Size(
+    *(opt(32, 2, 2, vocab_size=100, max_position_embeddings=64) for _ in range(2)),
+    prompt=12,
+    answer=8,
+    batch=8,
+    micro_batch=4,
+    precision="fp32",
+    compiled=False,
+    repeats=2,
+)
+
+
+def model_of(auto_class: Any, config: OPTConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with random weights, made on the device."""
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = auto_class.from_config(config, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def prompts_of(size: Size, count: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(5, size.policy.vocab_size) for _ in range(size.prompt)] for _ in range(count)]
+
+
+def clocked(action: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def rollout(size: Size, device: torch.device, rows: int) -> dict[str, float]:
+    """Seconds of a rollout whose answers all reach their limit."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = model_of(AutoModelForCausalLM, size.policy, dtype, device).eval()
+    engine = SlotEngine(model, rows, size.prompt, size.answer)
+    ids = torch.tensor(prompts_of(size, rows), device=device)
+    request = Request(ids, torch.ones_like(ids))
+    seeds = iter(range(100))
+
+    def once() -> None:
+        engine.generate(request, Sampling(size.answer, seed=next(seeds)))
+
+    first = clocked(once, device)
+    seconds = statistics.median(clocked(once, device) for _ in range(size.repeats))
+    tokens = rows * size.answer / seconds
+    cache = engine.cache_bytes / 2**30
+    return {"rollout_s": seconds, "tokens_per_s": tokens, "first_s": first, "cache_gib": cache}
+
+
+class GivenLengths(SlotEngine):
+    """Ends the answers of random weights as a chat model's end: exponential lengths, mean a third of the limit."""
+
+    def generate(self, request: Any, sampling: Any) -> Batch:
+        draw = random.Random(sampling.seed)
+        lengths = [int(draw.expovariate(3 / self.answer_tokens)) + 1 for _ in request.prompt_ids]
+        request.limits = torch.tensor(lengths)
+        return super().generate(request, sampling)
+
+
+def whole_steps(
+    size: Size, device: torch.device, prompts: int, real_lengths: bool = False, extras: bool = False
+) -> dict[str, float]:
+    """Samples per second of whole PPO steps.
+
+    Args:
+        prompts: of a rollout, and so of a pool.
+        real_lengths: answers end early; else none does.
+        extras: with PTX and EMA.
+    """
+    engine = EngineConfig(precision=size.precision, compile_layers=size.compiled)
+    settings: dict[str, Any] = {
+        "steps": 100,
+        "rollout_batch_size": prompts,
+        "batch_size": size.batch,
+        "micro_batch_size": size.micro_batch,
+        "ema_decay": 0.992 if extras else None,
+        "ptx_coef": 1.0 if extras else 0.0,
+        "ptx_batch_size": size.batch,
+    }
+    engines = {f"{network}_engine": engine for network in ("policy", "critic", "reference", "reward")}
+    config = PPOConfig(**settings, **engines, rollout={"keep_cache": not real_lengths})
+    adam = OptimizerConfig(learning_rate=1e-6, eps=1e-5)
+    half = torch.bfloat16 if size.precision == "bf16" else torch.float32
+    policy = Policy(model_of(AutoModelForCausalLM, size.policy, torch.float32, device))
+    critic = ScalarModel(model_of(AutoModelForSequenceClassification, size.critic, torch.float32, device))
+    reference = Policy(model_of(AutoModelForCausalLM, size.policy, half, device))
+    reward = ScalarModel(model_of(AutoModelForSequenceClassification, size.critic, half, device))
+    trained = train_engine(policy, engine, adam, 100, device, "policy")
+    slots = GivenLengths if real_lengths else SlotEngine
+    networks = Networks(
+        policy=trained,
+        critic=train_engine(critic, engine, adam, 100, device, "critic"),
+        reference=frozen_engine(reference, engine, device, "reference"),
+        reward_model=frozen_engine(reward, engine, device, "reward"),
+        score_mean=0.0,
+        eos=-1,
+        pad=1,
+        slots=slots(policy.model, min(prompts, 256), size.prompt, size.answer),
+    )
+    stage = Job("ppo", Path(), {"seed": 0, "max_answer_tokens": size.answer}, {}, device, _ignore, _ignore, _never)
+    data: Any = ppo.Data(
+        [{"prompt": ids} for ids in prompts_of(size, prompts)],  # type: ignore[arg-type]
+        [{"tokens": ids * 2} for ids in prompts_of(size, size.batch)] if extras else None,  # type: ignore[arg-type]
+    )
+    ema = Ema(networks.policy.module, 0.992) if extras else None
+    state = ppo.State(config.kl_coef)
+    metrics: list[dict[str, float]] = []
+
+    def step() -> None:
+        metrics.append(ppo.train_on_pool(stage, config, networks, ema, data, state, len(metrics)))
+
+    first = clocked(step, device)
+    clocked(step, device)
+    seconds = statistics.median(clocked(step, device) for _ in range(size.repeats))
+    parts = {
+        f"{part}_s": statistics.median(row[f"time/{part}_s"] for row in metrics[2:])
+        for part in ("generate", "score", "train")
+    }
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    gap = metrics[-1]["rollout/logprob_gap"]
+    return {"samples_per_s": prompts / seconds, **parts, "first_s": first, "peak_gib": peak, "logprob_gap": gap}
+
+
+def _ignore(*_: Any) -> None:
+    return None
+
+
+def _never() -> bool:
+    return False
+
+
+CASES: dict[str, Callable[[Size, torch.device], dict[str, float]]] = {
+    "rollout-b64": lambda size, device: rollout(size, device, size.batch),
+    "rollout-b256": lambda size, device: rollout(size, device, 4 * size.batch),
+    "fixed-1.3b-b64": lambda size, device: whole_steps(size, device, size.batch),
+    "fixed-1.3b-b64-ptx-ema": lambda size, device: whole_steps(size, device, size.batch, extras=True),
+    "eos-1.3b-b64": lambda size, device: whole_steps(size, device, 8 * size.batch, real_lengths=True),
+}
+
+
+def baseline(case: str, found: dict[str, dict[str, float]]) -> dict[str, Any] | None:
+    """What a case is compared with."""
+    if case.startswith("rollout"):
+        return {
+            "name": "vLLM 0.22",
+            "value": VLLM[int(case.removeprefix("rollout-b"))],
+            "source": "same work, one H100",
+        }
+    if case.startswith("eos"):
+        fixed = found.get("fixed-1.3b-b64")
+        return {"name": "fixed-1.3b-b64", "value": fixed["samples_per_s"]} if fixed else None
+    return DSCHAT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--tiny", action="store_true", help="in small, on a CPU; records nothing")
+    parser.add_argument("--eager", action="store_true", help="without compiled layers; records nothing")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
+    size = TINY if chosen.tiny else replace(FULL, compiled=not chosen.eager)
+    device = start("cpu" if chosen.tiny else "cuda")
+    found: dict[str, dict[str, float]] = {}
+    print(f"{'case':24}{'metric':16}{'value':>12}   on {hardware()}")
+    for case in chosen.cases or CASES:
+        found[case] = CASES[case](size, device)
+        for number, (metric, value) in enumerate(found[case].items()):
+            print(f"{case if number == 0 else '':24}{metric:16}{value:12.4g}", flush=True)
+        metric, value = next(iter(found[case].items()))
+        if not (chosen.tiny or chosen.eager):
+            unit = "s" if metric.endswith("_s") and not metric.endswith("per_s") else "samples/s"
+            record("ppo", case, metric, value, unit, baseline(case, found))
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Records of benchmarks: one JSON object a line in tests/bench/results/NAME.jsonl, appended and never edited."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "transformers", "deepspeed")
+
+
+def record(bench: str, case: str, metric: str, value: float, unit: str, baseline: dict[str, Any] | None) -> None:
+    """Append a figure. `baseline`: `name`, `value` and, if it is no measurement of the same run, `source`."""
+    row = {
+        "bench": bench,
+        "case": case,
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "baseline": baseline,
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with (HERE / "results" / f"{bench}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def hardware() -> str:
+    """The GPU, or the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
+def commit() -> str | None:
+    """The commit that is checked out; None outside a repository."""
+    told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+    return told.stdout.strip() or None

@@ -166,6 +166,16 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this norm; 0: never."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on a frozen model; what is written is merged, a plain model folder."""
+
+    rank: Positive = 16
+    alpha: PositiveFloat = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Ends of the names of the linear layers that get one, with wildcards, such as q_proj; null: all but the heads."""
+
+
 class TrainConfig(Section):
     """What SFT and the reward model have in common."""
 
@@ -181,6 +191,8 @@ class TrainConfig(Section):
     eval_rows: Positive = 512
     """At most so many held-out samples are evaluated."""
     engine: EngineConfig = EngineConfig()
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the whole model; null: the whole model."""
 
 
 class SFTConfig(TrainConfig):
@@ -276,6 +288,9 @@ class PPOConfig(Section):
     critic_engine: EngineConfig = EngineConfig()
     reference_engine: EngineConfig = EngineConfig()
     reward_engine: EngineConfig = EngineConfig()
+    policy_lora: LoraConfig | None = None
+    """Train adapters of the policy; the reference is then the policy without them and takes no memory of its own."""
+    critic_lora: LoraConfig | None = None
     # PPO implementation detail 35: Adam's eps is 1e-5 for both networks.
     policy_optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-6, eps=1e-5, schedule="linear", warmup_ratio=0.0

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights, on each rank's own part of them.
+"""Exponential moving average of a network's trained weights, on each rank's own part of them.
 
 DeepSpeed-Chat gathers every parameter to average it, and under ZeRO-3 its gather loses what was written. Here a rank
 averages what it holds, in fp32: its partition under ZeRO-3, the whole network otherwise. Nothing is sent until the
@@ -19,7 +19,7 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._parameters = dict(module.named_parameters())
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._shadow = [own_part(parameter).float().clone() for parameter in self._parameters.values()]
 
     @torch.no_grad()

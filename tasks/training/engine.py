@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from tasks.config import EngineConfig, OptimizerConfig
+from tasks.training.lora import merged
 from tasks.training.ranks import all_sum, rank, world_size
 from tasks.training.types import Micro, StepReport
 
@@ -57,14 +58,26 @@ class TrainEngine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def save(self, folder: Path) -> None:
-        """Write the engine's part of a checkpoint (parameters, optimizer, schedule) into `folder`."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        """Write the engine's part of a checkpoint (trained parameters, optimizer, schedule) into `folder`."""
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`. Raises ValueError if it does not fit this engine."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=True)
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state", custom_load_fn=_load_trained)
         if path is None:
             raise ValueError(f"the checkpoint in {folder} does not fit: it holds no engine state")
+
+
+def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Load a checkpoint's weights. Raises ValueError if anything but frozen parameters is missing, or any is left."""
+    result = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    missing = [name for name in result.missing_keys if name not in frozen]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"the checkpoint does not fit this model: missing {missing or 'none'}, left over "
+            f"{result.unexpected_keys or 'none'}; start the stage afresh with --force"
+        )
 
 
 def start(device: str) -> torch.device:
@@ -134,17 +147,16 @@ def export(
     """Write a Policy or ScalarModel as a plain Hugging Face folder (safetensors), from rank 0; all ranks must call it.
 
     Partitioned parameters are gathered one at a time, so no rank holds more than one whole tensor on its device. With
-    `averages` (`Ema.weights`) these are written instead of the parameters.
+    `averages` (`Ema.weights`) these are written instead of the trained parameters. Adapters are merged into their base.
     """
     model = module.model
-    if averages is None:
-        weights = _gathered(model)
-    else:
-        weights = {name.removeprefix("model."): average for name, average in averages.items()}
+    own = {name.removeprefix("model."): average for name, average in (averages or {}).items()}
+    weights = _gathered(model, own)
     if rank() == 0:
         buffers = dict(model.named_buffers())
         persistent = [name for name in model.state_dict() if name in buffers]
         weights.update({name: buffers[name].detach().cpu() for name in persistent})
+        weights = merged(model, weights)
         for tied in model.all_tied_weights_keys:
             weights.pop(tied, None)
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,12 +164,18 @@ def export(
         tokenizer.save_pretrained(folder)
 
 
-def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The whole parameters by name on the CPU of rank 0, gathered one at a time; nothing on the others."""
+def _gathered(model: nn.Module, instead: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole parameters by name on the CPU of rank 0, gathered one at a time; nothing on the others.
+
+    Those in `instead` are taken from there.
+    """
     import deepspeed
 
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in instead:
+            weights[name] = instead[name]
+            continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True)

@@ -59,6 +59,7 @@ from tasks.training.experience import (
 )
 from tasks.training.job import Job, NotFiniteError, Stopped
 from tasks.training.kl import adapted_kl_coef
+from tasks.training.lora import Base, add_adapters
 from tasks.training.losses import language_loss, policy_loss, value_loss
 from tasks.training.models import load_policy, load_scalar
 from tasks.training.ranks import all_sum, any_rank, world_size
@@ -160,8 +161,13 @@ def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBas
     """
     steps = config.steps * config.epochs * (config.pool_size // config.batch_size)
     device, pad = job.device, tokenizer.pad_token_id
+    policy_model, critic_model = load_policy(job.inputs["sft"]), load_scalar(job.inputs["reward"], pad)
+    if config.policy_lora is not None:
+        add_adapters(policy_model.model, config.policy_lora, "ppo.policy_lora")
+    if config.critic_lora is not None:
+        add_adapters(critic_model.model, config.critic_lora, "ppo.critic_lora")
     policy = train_engine(
-        load_policy(job.inputs["sft"]),
+        policy_model,
         config.policy_engine,
         config.policy_optimizer,
         steps,
@@ -169,19 +175,23 @@ def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBas
         "ppo.policy_engine",
     )
     critic = train_engine(
-        load_scalar(job.inputs["reward"], pad),
+        critic_model,
         config.critic_engine,
         config.critic_optimizer,
         steps,
         device,
         "ppo.critic_engine",
     )
-    reference = load_policy(job.inputs["sft"])
+    if config.policy_lora is not None:
+        reference: Any = Base(policy)
+    else:
+        own = load_policy(job.inputs["sft"])
+        reference = frozen_engine(own, config.reference_engine, device, "ppo.reference_engine")
     reward_model = load_scalar(job.inputs["reward"], pad)
     return Networks(
         policy=policy,
         critic=critic,
-        reference=frozen_engine(reference, config.reference_engine, device, "ppo.reference_engine"),
+        reference=reference,
         score_mean=reward_model.score_mean,
         reward_model=frozen_engine(reward_model, config.reward_engine, device, "ppo.reward_engine"),
         eos=tokenizer.eos_token_id,

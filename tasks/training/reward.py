@@ -19,6 +19,7 @@ from tasks.config import RewardConfig
 from tasks.training.batches import at, chunks, pair_batch
 from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
+from tasks.training.lora import add_adapters
 from tasks.training.losses import pairwise_loss
 from tasks.training.models import SCORE_MEAN, load_scalar
 from tasks.training.ranks import gather_rows
@@ -34,6 +35,8 @@ def run(job: Job) -> dict[str, Any]:
     held_out = read_table(job.inputs["data"] / "reward-eval.arrow")
     model = load_scalar(job.inputs["base"], tokenizer.pad_token_id, new_head_seed=seed)
     steps = steps_of(config, len(train), "reward")
+    if config.lora is not None:
+        add_adapters(model.model, config.lora, "reward.lora")
     engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "reward.engine")
 
     def collate(rows: Any) -> PairBatch:

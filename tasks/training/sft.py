@@ -17,6 +17,7 @@ from tasks.config import SFTConfig
 from tasks.training.batches import chunks, language_batch
 from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
+from tasks.training.lora import add_adapters
 from tasks.training.losses import language_loss
 from tasks.training.models import load_policy
 from tasks.training.ranks import gather_rows
@@ -32,6 +33,8 @@ def run(job: Job) -> dict[str, Any]:
     held_out = read_table(job.inputs["data"] / "sft-eval.arrow")
     model = load_policy(job.inputs["base"])
     steps = steps_of(config, len(train), "sft")
+    if config.lora is not None:
+        add_adapters(model.model, config.lora, "sft.lora")
     engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "sft.engine")
 
     def collate(rows: Any) -> LanguageBatch:

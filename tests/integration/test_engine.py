@@ -59,3 +59,20 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, processe
     resumed = run_steps(parts, processes, stage, 2)
     assert resumed["first_step"] == 2
     assert resumed["weights"] == undisturbed["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 2), (2, 3)], ids=str)
+def test_adapters_resume_bit_for_bit_on_an_untouched_base_and_are_merged(tmp_path, processes, stage):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    undisturbed = run_steps(whole, processes, stage, 2, ["--lora"])
+    run_steps(parts, processes, stage, 2, ["--lora", "--until", "2"])
+    resumed = run_steps(parts, processes, stage, 2, ["--lora"])
+    assert resumed["first_step"] == 2
+    assert resumed["weights"] == undisturbed["weights"]
+    assert undisturbed["base_gap"] == 0
+    assert undisturbed["adapted_gap"] > 0.01
+    assert undisturbed["merged_gap"] < 1e-5

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tasks.config import EngineConfig, OptimizerConfig
+from tasks.config import EngineConfig, LoraConfig, OptimizerConfig
 from tasks.training import checkpoint, engine
 from tasks.training.batches import batch_indices, chunks, language_batch
+from tasks.training.lora import Base, add_adapters
 from tasks.training.losses import language_loss
-from tasks.training.models import Policy
-from tasks.training.ranks import all_sum, rank
+from tasks.training.models import Policy, load_policy
+from tasks.training.ranks import all_sum, barrier, rank
 
 STEPS = 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=0.5)
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("stage", type=int)
     parser.add_argument("micro", type=int)
     parser.add_argument("--until", type=int, default=STEPS)
+    parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     policy = Policy(LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **SHAPE)))
@@ -41,6 +43,9 @@ def main() -> None:
 def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) -> dict:
     device = engine.start("cpu")
     config = EngineConfig(zero_stage=arguments.stage, precision="fp32")
+    if arguments.lora:
+        before = policy(language_batch(rows, 0, device).sequences, start=1).logprobs.detach()
+        add_adapters(policy.model, LoraConfig(rank=2), "lora")
     trained = engine.train_engine(policy, config, OPTIMIZER, STEPS, device, "engine")
     resumed = checkpoint.load(arguments.out / "checkpoints", {"model": trained})
     first = resumed[0] if resumed else 0
@@ -62,7 +67,28 @@ def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) ->
         checkpoint.save(arguments.out / "checkpoints", arguments.until, {"model": trained}, {})
         return {}
     state = weights(trained, arguments.stage)
-    return {"losses": losses, "norms": norms, "first_step": first, "weights": state}
+    result = {"losses": losses, "norms": norms, "first_step": first, "weights": state}
+    return result | (adapters(trained, rows, before, arguments.out / "model") if arguments.lora else {})
+
+
+@torch.no_grad()
+def adapters(trained: engine.TrainEngine, rows: list, before: torch.Tensor, folder: Path) -> dict:
+    """How far the base is from what it was, and the merged export from the adapted network; and what was kept."""
+    batch = language_batch(rows, 0, trained.device).sequences
+    adapted, base = trained(batch, start=1).logprobs, Base(trained)(batch, start=1).logprobs
+    engine.export(trained.module, NoTokenizer(), folder)
+    barrier()
+    merged = load_policy(folder)(batch, start=1).logprobs
+    return {
+        "base_gap": float((base - before).abs().max()),
+        "adapted_gap": float((adapted - before).abs().max()),
+        "merged_gap": float((merged - adapted).abs().max()),
+    }
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        pass
 
 
 def weights(trained: engine.TrainEngine, stage: int) -> list[list[float]]:

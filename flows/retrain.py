@@ -19,7 +19,21 @@ from prefect.states import Completed
 
 from flows.prepare import prepare_data
 from flows.promotion import promotion
-from tasks import dag, figures, headlines, lineage, lineage_graph, page, plan, prune, report, steps, tracking, train
+from tasks import (
+    dag,
+    figures,
+    gates,
+    headlines,
+    lineage,
+    lineage_graph,
+    page,
+    plan,
+    prune,
+    report,
+    steps,
+    tracking,
+    train,
+)
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.promote import Judgement, Verdict, needs_comparison
@@ -137,14 +151,13 @@ def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
     """How the candidate does: against the champion if there is another one, else against the SFT model."""
     candidate = tracking.find_version(run.store, registration.policy, registration.policy_version)
     champion = tracking.alias(run.store, registration.policy, tracking.CHAMPION)
-    made = refs["evaluate"]
+    compared = None
     if champion is not None and needs_comparison(candidate, champion):
-        made = refs["compare"] = train.compare(run, refs, train.standing(run, champion), return_state=True).result()
-    return Judgement(
-        win_rate=made.metrics["win_rate"],
-        min_win_rate=run.config.promote.min_win_rate,
-        champion=champion.version if champion else None,
-    )
+        refs["compare"] = train.compare(run, refs, train.standing(run, champion), return_state=True).result()
+        compared = gates.answers(refs["compare"].directory)
+    evidence = gates.Evidence(gates.answers(refs["evaluate"].directory), compared, refs["reward"].metrics)
+    results = gates.check(run.config.promote.gates.sentences, evidence)
+    return Judgement(results, champion.version if champion else None)
 
 
 def _closed(run: Run, name: str, outcome: Outcome) -> Result:
@@ -158,6 +171,7 @@ def _closed(run: Run, name: str, outcome: Outcome) -> Result:
         flow_run=name,
         verdict=verdict.reason if verdict else f"The run ended after {run.choice.until}, as asked for.",
         promoted=verdict is not None and verdict.promoted,
+        gates=verdict.gates if verdict else [],
         rows=rows,
         refs=outcome.refs,
         config=yaml.safe_dump(tracking.redacted(run.config.model_dump(mode="json")), sort_keys=False),

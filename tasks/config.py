@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from tasks import gates
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -327,9 +337,41 @@ class EvaluateConfig(Section):
     """Answers shown side by side in the report."""
 
 
+class GatesConfig(Section):
+    """What a candidate has to pass to become champion: a sentence per measure (`tasks.gates`), null for no gate."""
+
+    win_rate_vs_champion: str | None = ">= 0.52 (lower bound >= 0.5)"
+    """Share of the held-out prompts won against the present champion; the first model's against its SFT model."""
+    win_rate_vs_sft: str | None = None
+    """Share of the held-out prompts won against the run's SFT model."""
+    reward: str | None = None
+    """Mean score of the answers by the run's reward model; the baseline sft is that of the SFT model's answers."""
+    reward_accuracy: str | None = None
+    """Share of held-out pairs that the reward model orders as people did; the baseline length_baseline is the share
+    that preferring the longer answer gets right."""
+    kl: str | None = None
+    """From the SFT model, nats per answer."""
+    tokens: str | None = None
+    """Mean length of the answers; the baseline sft is that of the SFT model's."""
+    eos_rate: str | None = None
+    """Share of the answers that end by themselves; the baseline sft is that of the SFT model's."""
+
+    @field_validator("*")
+    @classmethod
+    def _readable(cls, sentence: str | None, info: ValidationInfo) -> str | None:
+        if sentence is not None:
+            assert info.field_name is not None
+            gates.parse(info.field_name, sentence)
+        return sentence
+
+    @property
+    def sentences(self) -> dict[str, str]:
+        """Measure -> sentence of the gates that are set."""
+        return {name: sentence for name, sentence in self.model_dump().items() if sentence is not None}
+
+
 class PromoteConfig(Section):
-    min_win_rate: float = Field(0.5, ge=0, lt=1)
-    """The candidate becomes champion when it wins more than this share of the held-out prompts."""
+    gates: GatesConfig = GatesConfig()
 
 
 class RunConfig(Section):

@@ -1,31 +1,35 @@
-"""Promotion: which version of a model is the champion, the one that serves.
+"""Promotion and rollback: which version of a model is the champion, the one that serves.
 
-The rule: a candidate becomes champion if it wins more than `promote.min_win_rate` of the held-out prompts, the first
-one against the SFT model it comes from, each later one against the present champion. A person may promote any version.
-The reward model and the moving average follow their policy. What was decided, when and why stays as tags.
+The rule: a candidate becomes champion if it passes the gates of its run (`tasks.gates`), the first one against the SFT
+model it comes from, each later one against the present champion. A person may promote any version, or take the
+champion back. The reward model and the moving average follow their policy, and so does the alias `previous`. What was
+decided, when, by whom and why stays as tags: the verdict at the version, the moves at the model (`tasks.history`).
 """
 
 import difflib
-import getpass
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks import tracking
-from tasks.tracking import CHAMPION, Store, Version
+from tasks import history, tracking
+from tasks.gates import GateResult
+from tasks.history import Move
+from tasks.tracking import CHAMPION, PREVIOUS, Store, Version
 
 POLICY, REWARD, EMA = "-policy", "-reward", "-ema"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a version becomes champion, and why, as a sentence."""
+    """Whether the champion changed, and why, as a sentence."""
 
     promoted: bool
     reason: str
+    gates: list[GateResult] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,67 +39,133 @@ class Verdict:
 class Judgement:
     """What a candidate was measured at."""
 
-    win_rate: float
-    min_win_rate: float
+    gates: list[GateResult]
     champion: int | None
     """Version of the champion that it was set against; None: the SFT model, as there was no champion."""
 
 
 @task(name="promote", cache_policy=NO_CACHE, persist_result=False)
-def promote_model(store: Store, name: str, version: int, judgement: Judgement | None) -> Verdict:
+def promote_model(store: Store, name: str, version: int, judgement: Judgement | None, why: str) -> Verdict:
     """Make a version the champion if it deserves it. See `promote`."""
-    return promote(store, name, version, judgement)
+    return promote(store, name, version, judgement, why)
 
 
-def promote(store: Store, name: str, version: int, judgement: Judgement | None = None) -> Verdict:
+@task(name="roll back", cache_policy=NO_CACHE, persist_result=False)
+def roll_back_model(store: Store, name: str, version: int, why: str) -> Verdict:
+    """Take a champion back. See `roll_back`."""
+    return roll_back(store, name, version, why)
+
+
+def promote(store: Store, name: str, version: int, judgement: Judgement | None = None, why: str = "") -> Verdict:
     """Make a version of a policy the champion, and its reward model's version the champion of reward models.
 
     Without a judgement it is a person's wish and is granted. Raises ValueError for a version that is not there.
     """
     candidate = tracking.find_version(store, name, version)
     with tracking.registry_lock(store):
+        moves = follow(store, name)
         champion = tracking.alias(store, name, CHAMPION)
-        verdict = judge(candidate, champion, judgement)
+        verdict = judge(candidate, champion, judgement, why)
         if champion is not None and _same(candidate, champion):
             return verdict  # what is recorded of its promotion stays
         if verdict.promoted:
-            for companion in companions(store, candidate):
-                tracking.set_alias(store, companion.name, CHAMPION, companion.version)
-            # The policy last: whoever sees the new policy serve finds its reward model in place.
-            tracking.set_alias(store, name, CHAMPION, version)
+            _serve(store, candidate, champion, moves, history.PROMOTION, verdict.reason)
         tracking.tag_version(store, name, version, _verdict_tags(verdict, champion))
     return verdict
 
 
-def judge(candidate: Version, champion: Version | None, judgement: Judgement | None) -> Verdict:
+def roll_back(store: Store, name: str, version: int, why: str = "") -> Verdict:
+    """Make the champion again what it was before `version` became it, if `version` is the champion.
+
+    So the same call twice takes one version back, not two. Raises ValueError where nothing served before.
+    """
+    with tracking.registry_lock(store):
+        moves = follow(store, name)
+        known = {entry.version: entry for entry in tracking.versions(store, name)}
+        champion = next((entry for entry in known.values() if CHAMPION in entry.aliases), None)
+        if champion is None or champion.version != version:
+            serving = f"version {champion.version} is" if champion else "there is none"
+            return Verdict(False, f"{name} version {version} is not the champion, {serving}; nothing changes.")
+        target = history.previous(moves, set(known))
+        if target is None:
+            raise ValueError(f"{_title(champion)} cannot be rolled back: no other version served before it.")
+        reason = f"{_title(known[target])} serves again instead of version {version}: {_wish('rolled it back', why)}."
+        _serve(store, known[target], champion, moves, history.ROLLBACK, reason)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        tags = {"rolled_back_at": now, "rolled_back_by": history.user(), "rolled_back_to": str(target)}
+        tracking.tag_version(store, name, version, tags)
+    return Verdict(True, reason)
+
+
+def follow(store: Store, name: str) -> list[Move]:
+    """The moves of a policy's champion. One that was made by hand is recorded, and what goes with the champion follows.
+
+    Hold the registry's lock.
+    """
+    known = history.moves(store, name)
+    moves = history.noticed(store, name)
+    champion = tracking.alias(store, name, CHAMPION)
+    if len(moves) > len(known) and champion is not None:
+        for companion in companions(store, champion):
+            tracking.set_alias(store, companion.name, CHAMPION, companion.version)
+        _point_previous(store, name, moves)
+    return moves
+
+
+def _serve(
+    store: Store, version: Version, champion: Version | None, moves: Sequence[Move], kind: str, why: str
+) -> None:
+    """Move the aliases and record it."""
+    for companion in companions(store, version):
+        tracking.set_alias(store, companion.name, CHAMPION, companion.version)
+    # The policy last: whoever sees the new policy serve finds its reward model in place.
+    tracking.set_alias(store, version.name, CHAMPION, version.version)
+    before = champion.version if champion else None
+    move = history.record(store, version.name, kind, before, version.version, why)
+    _point_previous(store, version.name, [*moves, move])
+
+
+def _point_previous(store: Store, name: str, moves: Sequence[Move]) -> None:
+    """The alias `previous` of a policy and its companions: what a rollback would go to."""
+    known = {entry.version: entry for entry in tracking.versions(store, name)}
+    number = history.previous(moves, set(known))
+    stem = name.removesuffix(POLICY)
+    target = [known[number], *companions(store, known[number])] if number is not None else []
+    pointed = {entry.name: entry.version for entry in target}
+    for model in (name, stem + REWARD, stem + EMA):
+        if model in pointed:
+            tracking.set_alias(store, model, PREVIOUS, pointed[model])
+        elif tracking.alias(store, model, PREVIOUS) is not None:
+            tracking.delete_alias(store, model, PREVIOUS)
+
+
+def judge(candidate: Version, champion: Version | None, judgement: Judgement | None, why: str = "") -> Verdict:
     """The verdict on a candidate, measured or wished for."""
-    if judgement is None:
-        if champion is not None and _same(candidate, champion):
-            return _unchanged(candidate)
-        instead = f" instead of version {champion.version}" if champion else ""
-        return Verdict(True, f"{_title(candidate)} becomes champion{instead}: {_user()} promoted it.")
-    present = champion.version if champion else None
-    if present != judgement.champion and not (champion and _same(candidate, champion)):
-        was = f"version {judgement.champion}" if judgement.champion else "none"
-        return Verdict(
-            False,
-            f"{_title(candidate)} stays a candidate: the champion changed from {was} to "
-            f"{f'version {present}' if present else 'none'} while it was compared; run it again.",
-        )
-    return decide(candidate, champion, judgement.win_rate, judgement.min_win_rate)
-
-
-def decide(candidate: Version, champion: Version | None, win_rate: float, min_win_rate: float) -> Verdict:
-    """The rule: more than `min_win_rate` of the held-out prompts, against the champion or, without one, against SFT."""
     if champion is not None and _same(candidate, champion):
-        return _unchanged(candidate)
-    rival = f"champion, version {champion.version}" if champion else "SFT model"
-    won = f"it wins {_percent(win_rate)} of the held-out prompts against the {rival}"
-    if win_rate > min_win_rate:
-        return Verdict(True, f"{_title(candidate)} becomes champion: {won}, more than {_percent(min_win_rate)}.")
-    return Verdict(
-        False, f"{_title(candidate)} stays a candidate: {won}, and it takes more than {_percent(min_win_rate)}."
-    )
+        return Verdict(False, f"{_title(candidate)} is the champion already; nothing changes.")
+    if judgement is None:
+        instead = f" instead of version {champion.version}" if champion else ""
+        return Verdict(True, f"{_title(candidate)} becomes champion{instead}: {_wish('promoted it', why)}.")
+    present = champion.version if champion else None
+    if present != judgement.champion:
+        was = f"version {judgement.champion}" if judgement.champion else "none"
+        reason = (
+            f"{_title(candidate)} stays a candidate: the champion changed from {was} to "
+            f"{f'version {present}' if present else 'none'} while it was compared; run it again."
+        )
+        return Verdict(False, reason, judgement.gates)
+    return decide(candidate, judgement.gates)
+
+
+def decide(candidate: Version, results: list[GateResult]) -> Verdict:
+    """The rule: a candidate that passes every gate becomes champion."""
+    failed = [result for result in results if not result.passed]
+    said = "; ".join(f"{result.title} {result.measured}, wanted {result.sentence}" for result in failed or results)
+    if failed:
+        missed = "a gate" if len(failed) == 1 else f"{len(failed)} gates"
+        return Verdict(False, f"{_title(candidate)} stays a candidate, it misses {missed}: {said}.", results)
+    passed = f"it passes its gates: {said}" if results else "its run sets no gate"
+    return Verdict(True, f"{_title(candidate)} becomes champion, {passed}.", results)
 
 
 def needs_comparison(candidate: Version, champion: Version | None) -> bool:
@@ -132,19 +202,16 @@ def companions(store: Store, policy: Version) -> list[Version]:
 
 def _verdict_tags(verdict: Verdict, champion: Version | None) -> dict[str, str]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    if not verdict.promoted:
-        return {"verdict": verdict.reason, "verdict_at": now}
-    return {
-        "verdict": verdict.reason,
-        "verdict_at": now,
-        "promoted_at": now,
-        "promoted_by": _user(),
-        "promoted_from": str(champion.version) if champion else "none",
-    }
+    tags = {"verdict": verdict.reason, "verdict_at": now}
+    tags |= {f"gate.{result.name}": result.verdict for result in verdict.gates}
+    if verdict.promoted:
+        before = str(champion.version) if champion else "none"
+        tags |= {"promoted_at": now, "promoted_by": history.user(), "promoted_from": before}
+    return tags
 
 
-def _unchanged(candidate: Version) -> Verdict:
-    return Verdict(False, f"{_title(candidate)} is the champion already; nothing changes.")
+def _wish(done: str, why: str) -> str:
+    return f"{history.user()} {done}" + (f" ({why})" if why else "")
 
 
 def _same(candidate: Version, champion: Version) -> bool:
@@ -156,15 +223,3 @@ def _same(candidate: Version, champion: Version) -> bool:
 
 def _title(version: Version) -> str:
     return f"{version.name} version {version.version}"
-
-
-def _percent(share: float) -> str:
-    """A share in percent, with as many digits as it has, up to hundredths: 0.5 is 50 %, 0.5025 is 50.25 %."""
-    return f"{share * 100:.2f}".rstrip("0").rstrip(".") + " %"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no name for this user id, as in some containers
-        return "unknown"

@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks import data_report, figures, page
 from tasks.data_report import metrics_of
+from tasks.gates import GateResult
 from tasks.stages import StageRef, read_manifest
 
 SAMPLES = 8
@@ -55,6 +56,8 @@ class RunSummary:
     """Registered model -> version and aliases, such as "3 (candidate, champion)"."""
     run_id: str | None = None
     run_url: str | None = None
+    gates: Sequence[GateResult] = ()
+    """What the candidate had to pass."""
     samples: int = SAMPLES
     """Answers that are shown side by side."""
 

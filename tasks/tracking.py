@@ -43,6 +43,7 @@ from tasks.stages import RECORDS, StageRef, read_manifest, write_json
 EXPERIMENT = "rlhf-flows"
 CANDIDATE = "candidate"
 CHAMPION = "champion"
+PREVIOUS = "previous"
 RUN_FILE = "mlflow.json"
 LONGEST_VALUE = 500
 SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
@@ -407,6 +408,23 @@ def set_alias(store: Store, name: str, alias: str, version: int) -> None:
     _client(store.uri).set_registered_model_alias(name, alias, str(version))
 
 
+def delete_alias(store: Store, name: str, alias: str) -> None:
+    """Take an alias away from a registered model."""
+    _client(store.uri).delete_registered_model_alias(name, alias)
+
+
+def model_tags(store: Store, name: str) -> dict[str, str]:
+    """The tags of a registered model, which all its versions share."""
+    return dict(_client(store.uri).get_registered_model(name).tags)
+
+
+def tag_model(store: Store, name: str, tags: Mapping[str, str]) -> None:
+    """Tag a registered model."""
+    client = _client(store.uri)
+    for key, value in tags.items():
+        client.set_registered_model_tag(name, key, value)
+
+
 def tag_version(store: Store, name: str, version: int, tags: Mapping[str, str]) -> None:
     """Tag a version of a registered model."""
     client = _client(store.uri)
@@ -436,7 +454,7 @@ def find_version(store: Store, name: str, version: int) -> Version:
 
 
 def registry_lock(store: Store) -> Any:
-    """Held (`with`) while several registry calls have to happen as one; holds off other processes on a local store."""
+    """Held (`with`) while several registry calls have to happen as one; holds off other processes on this machine."""
     return _registry_lock(store)
 
 
@@ -580,11 +598,11 @@ def _lock_file(uri: str) -> Path:
 
 @contextmanager
 def _registry_lock(store: Store) -> Iterator[None]:
-    if not store.is_local:
-        yield
-        return
+    # A server gives no lock: those who share the workspace at least hold each other off.
+    file = _lock_file(store.uri) if store.is_local else Path(store.workspace) / ".registry.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
     # One lock object per process and file, so that a caller that holds the lock may call what takes it too.
-    with FileLock(_lock_file(store.uri), is_singleton=True):
+    with FileLock(file, is_singleton=True):
         yield
 
 

@@ -7,6 +7,7 @@ model would otherwise look perfect.
 """
 
 import math
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -95,6 +96,10 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         # Normal approximation of the binomial's 95 % interval.
         "accuracy_interval": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(results)),
         "length_accuracy": mean("length_hit"),
+        # Of the paired difference of the two accuracies.
+        "length_gain_interval": 1.96
+        * statistics.pstdev(row["hit"] - row["length_hit"] for row in results)
+        / math.sqrt(len(results)),
         "loss": mean("loss"),
         "chosen_score": mean("chosen"),
         "eval_pairs": len(results),

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
         **{f"{model}_engine": CPU for model in ("policy", "critic", "reference", "reward")},
     },
     "evaluate": {"prompts": 16, "batch_size": 16, "precision": "fp32"},
-    "promote": {"min_win_rate": 0.0},
+    "promote": {"gates": {"win_rate_vs_champion": ">= 0"}},
 }
 """A run of a few steps: every stage is real, and none is any good."""
 

@@ -27,7 +27,7 @@ Rlhf = Callable[..., Any]
 SOURCES = 6
 STAGES = 3 + 2 * SOURCES + 6  # demo, blend, split; download and clean; base, tokenise, sft, reward, ppo, evaluate
 NEW_PPO = ("--set", "ppo.kl_coef=0.2", "--set", "ppo.steps=15")
-STRICT = ("--set", "promote.min_win_rate=0.99")
+STRICT = ("--set", "promote.gates.win_rate_vs_champion=>= 0.99")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def store_of(folder: Path) -> tracking.Store:
 def test_the_first_run_ends_with_a_champion(first: Any, folder: Path) -> None:
     assert first.code == 0, first.output
     assert "tiny-policy version 1 (candidate, champion)" in " ".join(first.output.split())
-    assert "becomes champion: it wins" in first.output
+    assert "becomes champion, it passes its gates: win rate against the SFT model" in " ".join(first.output.split())
     table = first.output.partition("main metric")[2]
     steps = ("demo", "download", "clean", "blend", "split", "base", "tokenise", "sft", "reward", "ppo", "evaluate")
     positions = [re.search(rf"^{name}\b", table, re.MULTILINE) for name in (*steps, "register", "promote")]
@@ -161,7 +161,7 @@ def test_prefect_shows_the_run_well(again: Any, prefect_api: str) -> None:
     names = {task["name"] for task in tasks}
     assert {"clean Dahoas/rm-static", "download stanfordnlp/SHP", "SFT: train the policy"} <= names
     keys = {artifact["key"] for artifact in artifacts}
-    assert {"data", "steps", "metrics", "mlflow", "clean-dahoas-rm-static", "ppo", "promotion"} <= keys
+    assert {"data", "steps", "metrics", "mlflow", "data-report", "clean-dahoas-rm-static", "ppo", "promotion"} <= keys
     reads = {task["name"]: task["task_inputs"] for task in tasks}
     upstream = {entry["id"] for entries in reads["tokenise"].values() for entry in entries}
     ids = {task["name"]: task["id"] for task in tasks}
@@ -195,7 +195,8 @@ def test_the_next_run_goes_on_and_makes_only_ppo_and_what_follows(resumed: Any, 
 
 
 def test_a_candidate_that_does_not_win_stays_one(resumed: Any, folder: Path) -> None:
-    assert "tiny-policy version 2 stays a candidate" in " ".join(resumed[0].output.split())
+    said = " ".join(resumed[0].output.split())
+    assert "tiny-policy version 2 stays a candidate, it misses a gate: win rate against the champion" in said
     store = store_of(folder)
     champion, candidate = (tracking.alias(store, "tiny-policy", name) for name in ("champion", "candidate"))
     assert champion is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.servers import mlflow_server
-from tasks import tracking
+from tasks import gates, history, tracking
 from tasks.config import RunConfig
 from tasks.promote import Judgement
 
@@ -18,6 +18,13 @@ OPEN = """
 from pathlib import Path
 from tasks import tracking
 print(tracking.open_store(Path({workspace!r})).experiment_id)
+"""
+PROMOTE = """
+import sys
+from pathlib import Path
+from tasks import promote, tracking
+store = tracking.open_store(Path({workspace!r}))
+print(promote.promote(store, "race-policy", {number}).promoted)
 """
 REGISTER = """
 import sys
@@ -77,6 +84,20 @@ def test_two_processes_register_the_same_digest_once(workspace):
     )
     assert numbers[0] == numbers[1] != numbers[2]
     assert len(tracking.versions(tracking.open_store(workspace), "race-policy")) == 2
+
+
+@pytest.mark.slow
+def test_ten_processes_promote_at_once(workspace):
+    store = tracking.open_store(workspace)
+    for number in range(1, 11):
+        tracking.register_version(store, "race-policy", workspace, None, {"digest": str(number)})
+    programs = [PROMOTE.format(workspace=str(workspace), number=number) for number in range(1, 11)]
+    assert at_once(programs) == ["True"] * 10
+    moves = history.moves(store, "race-policy")
+    assert sorted(move.after for move in moves) == list(range(1, 11))
+    assert [move.before for move in moves] == [None, *(move.after for move in moves[:-1])]
+    assert tracking.alias(store, "race-policy", tracking.CHAMPION).version == moves[-1].after
+    assert tracking.alias(store, "race-policy", tracking.PREVIOUS).version == moves[-2].after
 
 
 def test_older_database_is_migrated_and_a_copy_kept(workspace):
@@ -177,17 +198,22 @@ def prefect_api():
 def test_promotion_is_a_flow_with_both_outcomes(workspace, monkeypatch):
     from prefect.client.orchestration import get_client
 
-    from flows.promotion import promotion
+    from flows.promotion import promotion, rollback
+
+    def gate(passed: bool) -> gates.GateResult:
+        return gates.GateResult("kl", "KL", "<= 15", passed, 4.0, 3.0, 5.0, {})
 
     store = tracking.open_store(workspace)
     for digest in ("a", "b"):
         tracking.register_version(store, "chat-policy", workspace, None, {"digest": digest})
-    assert promotion("chat", 1, str(workspace), Judgement(0.6, 0.5, None)).promoted
-    state = promotion("chat-policy", 2, str(workspace), Judgement(0.5, 0.5, 1), return_state=True)
+    assert promotion("chat", 1, str(workspace), Judgement([gate(True)], None)).promoted
+    state = promotion("chat-policy", 2, str(workspace), Judgement([gate(False)], 1), return_state=True)
     assert not state.result().promoted
     assert tracking.alias(store, "chat-policy", tracking.CHAMPION).version == 1
     assert promotion("chat", 2, str(workspace)).promoted
     assert tracking.alias(store, "chat-policy", tracking.CHAMPION).version == 2
+    assert rollback("chat", 2, str(workspace), "worse in practice").promoted
+    assert tracking.alias(store, "chat-policy", tracking.CHAMPION).version == 1
     with pytest.raises(ValueError, match="chat-policy has no version 5; it has 1, 2"):
         promotion("chat", 5, str(workspace))
     with get_client(sync_client=True) as client:
@@ -195,7 +221,8 @@ def test_promotion_is_a_flow_with_both_outcomes(workspace, monkeypatch):
         shown = {artifact.key for artifact in client.read_artifacts()}
     assert runs["promote-chat-2"] == "Completed"
     assert runs["promote-chat-5"] == "Failed"
-    assert "promotion" in shown
+    assert runs["roll-back-chat-2"] == "Completed"
+    assert {"promotion", "gates", "rollback"} <= shown
 
 
 @pytest.mark.slow

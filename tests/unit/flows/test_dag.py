@@ -56,7 +56,7 @@ def test_every_stage_has_its_code(config: RunConfig) -> None:
         ({"data__phases": [1, 1, 1]}, {"split"}),
         ({"data__demo": {"pairs": 300}}, {"demo"}),
         ({"data__max_prompt_tokens": 99}, {"tokenise"}),
-        ({"promote__min_win_rate": 0.9}, set()),
+        ({"promote__gates": {"kl": "<= 15"}}, set()),
         ({"name": "other"}, set()),
         ({"infrastructure": "one-gpu"}, set()),
     ],

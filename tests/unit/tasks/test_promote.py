@@ -1,7 +1,10 @@
+import sqlite3
+import threading
+
 import pytest
 
-from tasks import tracking
-from tasks.promote import Judgement, decide, judge, needs_comparison, promote, resolve
+from tasks import gates, history, tracking
+from tasks.promote import Judgement, decide, follow, judge, needs_comparison, promote, resolve, roll_back
 from tasks.tracking import Version
 
 
@@ -9,28 +12,32 @@ def version(number: int, digest: str = "", name: str = "chat-policy") -> Version
     return Version(name, number, (), {"digest": digest or f"digest {number}"}, "file:///x", None, 0.0)
 
 
-@pytest.mark.parametrize(("win_rate", "promoted"), [(0.5, False), (0.499, False), (0.505, True), (1.0, True)])
-def test_champion_moves_only_for_more_than_the_limit(win_rate, promoted):
-    assert decide(version(2), version(1), win_rate, 0.5).promoted is promoted
-    assert decide(version(1), None, win_rate, 0.5).promoted is promoted
+def gate(passed: bool, name: str = "kl") -> gates.GateResult:
+    return gates.GateResult(name, "KL", "<= 15", passed, 4.0 if passed else 16.0, 3.0, 17.0, {})
 
 
-def test_reason_names_version_rival_win_rate_and_limit():
-    first = decide(version(1), None, 0.625, 0.5).reason
-    assert first == (
-        "chat-policy version 1 becomes champion: it wins 62.5 % of the held-out prompts against the SFT model, "
-        "more than 50 %."
+def judgement(passed: bool, champion: int | None) -> Judgement:
+    return Judgement([gate(passed)], champion)
+
+
+def test_champion_moves_only_if_every_gate_is_passed():
+    assert decide(version(2), [gate(True), gate(True)]).promoted
+    assert not decide(version(2), [gate(True), gate(False)]).promoted
+    assert decide(version(2), []).promoted
+
+
+def test_reason_names_version_gate_measure_and_limit():
+    assert decide(version(1), [gate(True)]).reason == (
+        "chat-policy version 1 becomes champion, it passes its gates: KL 4 [3, 17], wanted <= 15."
     )
-    later = decide(version(3), version(2), 0.5, 0.5).reason
-    assert later == (
-        "chat-policy version 3 stays a candidate: it wins 50 % of the held-out prompts against the champion, "
-        "version 2, and it takes more than 50 %."
+    assert decide(version(3), [gate(True), gate(False)]).reason == (
+        "chat-policy version 3 stays a candidate, it misses a gate: KL 16 [3, 17], wanted <= 15."
     )
 
 
 def test_champion_itself_is_left_as_it_is_even_under_another_number():
     for candidate, champion in ((version(2), version(2)), (version(3, "same"), version(2, "same"))):
-        verdict = decide(candidate, champion, 0.9, 0.5)
+        verdict = judge(candidate, champion, judgement(True, 2))
         assert not verdict.promoted
         assert "is the champion already" in verdict.reason
         assert not needs_comparison(candidate, champion)
@@ -44,10 +51,10 @@ def test_comparison_is_needed_against_another_champion_only():
 @pytest.mark.parametrize(("compared_with", "present"), [(None, 1), (1, None), (1, 2)])
 def test_verdict_on_a_champion_that_is_gone_is_not_given(compared_with, present):
     champion = version(present) if present else None
-    verdict = judge(version(9), champion, Judgement(0.9, 0.5, compared_with))
+    verdict = judge(version(9), champion, judgement(True, compared_with))
     assert not verdict.promoted
     assert "the champion changed" in verdict.reason
-    assert judge(version(9), champion, Judgement(0.9, 0.5, present)).promoted
+    assert judge(version(9), champion, judgement(True, present)).promoted
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +79,27 @@ def champions(store, name: str) -> list[int | None]:
 
 def test_both_outcomes_and_the_reward_model_follows(store, tmp_path):
     registered(store, tmp_path, "both", 2)
-    assert not promote(store, "both-policy", 1, Judgement(0.4, 0.5, None)).promoted
+    assert not promote(store, "both-policy", 1, judgement(False, None)).promoted
     assert champions(store, "both") == [None, None]
-    assert promote(store, "both-policy", 1, Judgement(0.6, 0.5, None)).promoted
+    assert promote(store, "both-policy", 1, judgement(True, None)).promoted
     assert champions(store, "both") == [1, 1]
-    assert not promote(store, "both-policy", 2, Judgement(0.5, 0.5, 1)).promoted
+    assert not promote(store, "both-policy", 2, judgement(False, 1)).promoted
     assert champions(store, "both") == [1, 1]
-    assert promote(store, "both-policy", 2, Judgement(0.51, 0.5, 1)).promoted
+    assert promote(store, "both-policy", 2, judgement(True, 1)).promoted
     assert champions(store, "both") == [2, 2]
 
 
 def test_what_was_decided_stays_as_tags(store, tmp_path):
     registered(store, tmp_path, "tags", 2)
     promote(store, "tags-policy", 1)
-    promote(store, "tags-policy", 2, Judgement(0.1, 0.5, 1))
+    promote(store, "tags-policy", 2, judgement(False, 1))
     first = tracking.find_version(store, "tags-policy", 1).tags
     assert first["promoted_from"] == "none"
     assert first["promoted_at"].endswith("+00:00")
     assert "becomes champion" in first["verdict"]
     second = tracking.find_version(store, "tags-policy", 2).tags
     assert "stays a candidate" in second["verdict"]
+    assert second["gate.kl"] == "failed: KL 16 [3, 17], wanted <= 15"
     assert "promoted_at" not in second
     promote(store, "tags-policy", 2)
     assert tracking.find_version(store, "tags-policy", 2).tags["promoted_from"] == "1"
@@ -123,3 +131,91 @@ def test_policy_without_a_registered_reward_model_is_promoted_alone(store, tmp_p
     tracking.register_version(store, "alone-policy", tmp_path, None, {"digest": "p"})
     assert promote(store, "alone-policy", 1).promoted
     assert champions(store, "alone") == [1, None]
+
+
+def aliases(store, name: str) -> dict[str, int | None]:
+    found = {alias: tracking.alias(store, name, alias) for alias in ("champion", "previous")}
+    return {alias: entry.version if entry else None for alias, entry in found.items()}
+
+
+def chain(store, name: str) -> list[tuple[str, int | None, int | None]]:
+    return [(move.kind, move.before, move.after) for move in history.moves(store, name)]
+
+
+def test_rollback_goes_back_step_by_step_and_takes_the_reward_model_along(store, tmp_path):
+    registered(store, tmp_path, "back", 3)
+    for number in (1, 2, 3):
+        promote(store, "back-policy", number)
+    assert aliases(store, "back-policy") == {"champion": 3, "previous": 2}
+    assert aliases(store, "back-reward") == {"champion": 3, "previous": 2}
+    verdict = roll_back(store, "back-policy", 3, "rude answers")
+    assert verdict.promoted
+    assert "version 2 serves again instead of version 3" in verdict.reason
+    assert "(rude answers)" in verdict.reason
+    assert aliases(store, "back-policy") == {"champion": 2, "previous": 1}
+    assert aliases(store, "back-reward") == {"champion": 2, "previous": 1}
+    assert tracking.find_version(store, "back-policy", 3).tags["rolled_back_to"] == "2"
+    roll_back(store, "back-policy", 2)
+    assert aliases(store, "back-policy") == {"champion": 1, "previous": None}
+    assert aliases(store, "back-reward") == {"champion": 1, "previous": None}
+    with pytest.raises(ValueError, match="version 1 cannot be rolled back: no other version served before it"):
+        roll_back(store, "back-policy", 1)
+    assert chain(store, "back-policy") == [
+        ("promotion", None, 1),
+        ("promotion", 1, 2),
+        ("promotion", 2, 3),
+        ("rollback", 3, 2),
+        ("rollback", 2, 1),
+    ]
+
+
+def test_the_same_rollback_twice_goes_back_once(store, tmp_path):
+    registered(store, tmp_path, "twice", 3)
+    for number in (1, 2, 3):
+        promote(store, "twice-policy", number)
+    assert roll_back(store, "twice-policy", 3).promoted
+    again = roll_back(store, "twice-policy", 3)
+    assert not again.promoted
+    assert "version 3 is not the champion, version 2 is; nothing changes" in again.reason
+    assert aliases(store, "twice-policy")["champion"] == 2
+
+
+def test_alias_moved_by_hand_is_noticed_and_counts_as_a_promotion(store, tmp_path):
+    registered(store, tmp_path, "hand", 3)
+    promote(store, "hand-policy", 1)
+    tracking.set_alias(store, "hand-policy", "champion", 3)  # as in MLflow's UI
+    with tracking.registry_lock(store):
+        moves = follow(store, "hand-policy")
+        assert follow(store, "hand-policy") == moves  # recorded once
+    assert (moves[-1].kind, moves[-1].before, moves[-1].after, moves[-1].by) == ("by hand", 1, 3, "unknown")
+    assert champions(store, "hand") == [3, 3]
+    assert aliases(store, "hand-policy") == {"champion": 3, "previous": 1}
+    tracking.set_alias(store, "hand-policy", "champion", 2)
+    assert roll_back(store, "hand-policy", 2).promoted  # noticed by the rollback itself
+    assert aliases(store, "hand-policy") == {"champion": 3, "previous": 1}
+
+
+def test_rollback_passes_over_a_version_that_was_deleted(store, tmp_path):
+    registered(store, tmp_path, "gone", 3)
+    for number in (1, 2, 3):
+        promote(store, "gone-policy", number)
+    tracking._client(store.uri).delete_model_version("gone-policy", "2")
+    assert roll_back(store, "gone-policy", 3).promoted
+    assert aliases(store, "gone-policy") == {"champion": 1, "previous": None}
+
+
+def test_ten_promotions_at_once_leave_one_champion_and_an_unbroken_history(store, tmp_path):
+    registered(store, tmp_path, "race", 10)
+    threads = [threading.Thread(target=promote, args=(store, "race-policy", number)) for number in range(1, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    moves = history.moves(store, "race-policy")
+    assert sorted(move.after for move in moves) == list(range(1, 11))
+    assert [move.before for move in moves] == [None, *(move.after for move in moves[:-1])]
+    assert aliases(store, "race-policy") == {"champion": moves[-1].after, "previous": moves[-2].after}
+    assert champions(store, "race") == [moves[-1].after] * 2
+    with sqlite3.connect(store.uri.removeprefix("sqlite:///")) as database:
+        rows = database.execute("select alias from registered_model_aliases where name = 'race-policy'").fetchall()
+    assert sorted(rows) == [("champion",), ("previous",)]

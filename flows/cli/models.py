@@ -1,4 +1,4 @@
-"""`rlhf models` and `rlhf promote`: what is registered, and which version serves."""
+"""`rlhf models`, `compare`, `promote` and `rollback`: what is registered, and which version serves."""
 
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from flows.cli import console
 from flows.cli.errors import Debug, State
 
 if TYPE_CHECKING:
+    from tasks.history import Move
     from tasks.tracking import Store, Version
 
 Workspace = Annotated[
@@ -28,8 +29,22 @@ MEASURES = (
 """Tag of a version -> what it is called here."""
 
 
-def models(workspace: Workspace = WORKSPACE, debug: Debug = False) -> None:
-    """Show the registered models: versions, aliases, metrics."""
+Name = Annotated[str, typer.Argument(help="A registered policy, such as chat-policy, or chat.", show_default=False)]
+Why = Annotated[str, typer.Option("--why", help="The reason, kept with the move.")]
+Named = Annotated[
+    str, typer.Argument(help="A version: chat-policy@champion, models:/chat-policy/3.", show_default=False)
+]
+
+
+def models(
+    history: Annotated[
+        bool, typer.Option("--history", help="Show who served when, who moved the champion, and why.")
+    ] = False,
+    workspace: Workspace = WORKSPACE,
+    debug: Debug = False,
+) -> None:
+    """Show the registered models: versions, aliases, metrics; or the history of their champions."""
+    from tasks import promote as promoting
     from tasks import tracking
 
     store = existing_store(workspace)
@@ -38,34 +53,80 @@ def models(workspace: Workspace = WORKSPACE, debug: Debug = False) -> None:
         console.console.print("No model is registered yet; `rlhf run CONFIG` registers the first.")
         return
     assert store is not None
-    lines = [_line(version) for name in names for version in tracking.versions(store, name)]
-    console.console.print(console.table(("model", "version", "aliases", "metrics", "registered"), lines))
+    with tracking.registry_lock(store):  # an alias that was moved by hand is noticed by who looks
+        moves = {name: promoting.follow(store, name) for name in names if name.endswith(promoting.POLICY)}
+    if history:
+        lines = [(name, *_move(move)) for name, known in moves.items() for move in known]
+        console.console.print(console.table(("model", "when", "champion", "", "by", "why"), lines))
+    else:
+        lines = [_line(version) for name in names for version in tracking.versions(store, name)]
+        console.console.print(console.table(("model", "version", "aliases", "metrics", "registered"), lines))
     console.console.print(f"\n{tracking.how_to_open(store)}", soft_wrap=True)
 
 
 def promote(
-    name: Annotated[str, typer.Argument(help="A registered policy, such as chat-policy, or chat.", show_default=False)],
+    name: Name,
     version: Annotated[int, typer.Argument(help="Its version.", show_default=False)],
+    why: Why = "",
     workspace: Workspace = WORKSPACE,
     debug: Debug = False,
 ) -> None:
     """Make a version the champion, whatever it was measured at. Its reward model follows."""
-    from flows import local
     from tasks import promote as promoting
     from tasks import tracking
 
+    store = _store(workspace)
+    policy = promoting.resolve(store, name)  # what is wrong with the request shows before a server starts
+    tracking.find_version(store, policy, version)
+    _moved("promotion", policy, version, workspace, why, debug)
+
+
+def rollback(name: Name, why: Why = "", workspace: Workspace = WORKSPACE, debug: Debug = False) -> None:
+    """Take the champion back: what served before it serves again, its reward model too."""
+    from tasks import promote as promoting
+    from tasks import tracking
+
+    store = _store(workspace)
+    policy = promoting.resolve(store, name)
+    champion = tracking.alias(store, policy, tracking.CHAMPION)
+    if champion is None:
+        raise ValueError(f"{policy} has no champion to roll back; `rlhf promote {name} VERSION` makes one")
+    _moved("rollback", policy, champion.version, workspace, why, debug)
+
+
+def compare(first: Named, second: Named, workspace: Workspace = WORKSPACE, debug: Debug = False) -> None:
+    """Show two registered versions side by side: what was measured of them, and what was different in their making."""
+    from tasks import difference, lineage, tracking
+
+    store = _store(workspace)
+    versions = [tracking.named_version(store, name) for name in (first, second)]
+    titles = [f"{version.name} {version.version}" for version in versions]
+    aliases = [", ".join(version.aliases) or "none" for version in versions]
+    lines = [("aliases", *aliases), *difference.measured(*versions)]
+    console.console.print(console.table(("", *titles), lines))
+    console.console.print("\n[bold]Made differently[/]")
+    made = difference.made(*(lineage.of_version(store, version) for version in versions))
+    console.console.print(console.table(("", *titles), made) if made else "In nothing that is recorded.")
+
+
+def _moved(flow: str, policy: str, version: int, workspace: Path, why: str, debug: bool) -> None:
+    """Run a flow that moves the champion, and say what came of it."""
+    from flows import local
+
+    with local.terminated_in_order(), local.PrefectServer(workspace / "logs", quiet=not debug) as server:
+        from flows import promotion
+
+        State.log = workspace / "logs" / f"{flow}.log"
+        with server.connected(), local.logged_to(State.log):
+            verdict = getattr(promotion, flow)(policy, version, str(workspace), why=why)
+    console.console.print(verdict.reason, soft_wrap=True)
+
+
+def _store(workspace: Path) -> "Store":
     store = existing_store(workspace)
     if store is None:
         raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")
-    policy = promoting.resolve(store, name)  # what is wrong with the request shows before a server starts
-    tracking.find_version(store, policy, version)
-    with local.terminated_in_order(), local.PrefectServer(workspace / "logs", quiet=not debug) as server:
-        from flows.promotion import promotion
-
-        State.log = workspace / "logs" / "promote.log"
-        with server.connected(), local.logged_to(State.log):
-            verdict = promotion(policy, version, str(workspace))
-    console.console.print(verdict.reason, soft_wrap=True)
+    return store
 
 
 def existing_store(workspace: Path) -> "Store | None":
@@ -84,3 +145,8 @@ def _line(version: "Version") -> tuple[str, ...]:
     registered = f"{datetime.fromtimestamp(version.created):%Y-%m-%d %H:%M}"
     aliases = ", ".join(f"[green]{a}[/]" if a == "champion" else a for a in version.aliases)
     return version.name, str(version.version), aliases, ", ".join(measured), registered
+
+
+def _move(move: "Move") -> tuple[str, ...]:
+    at = f"{datetime.fromisoformat(move.at).astimezone():%Y-%m-%d %H:%M:%S}"
+    return at, f"{move.before or 'none'} → {move.after or 'none'}", move.kind, move.by, move.why

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from flows import local
 from flows.cli import errors
 from flows.cli.main import app
+from tasks import tracking
 from tasks.launched import StageFailed
+from tasks.promote import promote
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,7 +49,10 @@ print(sorted({"torch", "prefect", "mlflow", "pydantic", "yaml", "pandas"} & set(
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert all(name in done.stdout for name in ("run", "plan", "doctor", "models", "promote", "ui"))
+    assert all(
+        name in done.stdout
+        for name in ("run", "plan", "data", "doctor", "models", "compare", "promote", "rollback", "ui")
+    )
     # CPU seconds, as wall time on a busy machine says nothing.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7
 
@@ -108,10 +113,26 @@ def test_models_of_a_workspace_without_any(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_promote_without_a_store(tmp_path: Path) -> None:
-    result = call("promote", "chat", "1", "--workspace", tmp_path)
+@pytest.mark.parametrize("command", [("promote", "chat", "1"), ("rollback", "chat"), ("compare", "chat", "chat@x")])
+def test_moves_and_comparison_without_a_store(tmp_path: Path, command: tuple[str, ...]) -> None:
+    result = call(*command, "--workspace", tmp_path)
     assert result.exit_code == errors.USER
     assert "there is no MLflow store" in result.output
+
+
+def test_history_shows_every_move_one_by_hand_too(tmp_path: Path) -> None:
+    store = tracking.open_store(tmp_path)
+    for number in (1, 2):
+        tracking.register_version(store, "chat-policy", tmp_path, None, {"digest": str(number)})
+    promote(store, "chat-policy", 1, why="first of all")
+    tracking.set_alias(store, "chat-policy", "champion", 2)
+    said = " ".join(call("models", "--history", "--workspace", tmp_path).output.split())
+    assert "none → 1 promotion" in said
+    assert "1 → 2 by hand unknown" in said
+    assert "champion" in call("models", "--workspace", tmp_path).output
+    result = call("rollback", "reward-x", "--workspace", tmp_path)
+    assert result.exit_code == errors.USER
+    assert "There is no registered model reward-x" in result.output
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_the_moving_average_is_registered_and_follows_its_policy(store, config, 
     tags = {name: tracking.find_version(store, name, 1).tags for name in made.versions}
     assert {key for key in tags["demo-ema"] if key.startswith("metric.")} == {"metric.ema_win_rate"}
     assert {key for key in tags["demo-policy"] if key.startswith("metric.")} == {"metric.win_rate", "metric.ppo_reward"}
-    assert promote(store, "demo-policy", 1, Judgement(0.6, 0.5, None)).promoted
+    assert promote(store, "demo-policy", 1, Judgement([], None)).promoted
     for name in made.versions:
         assert tracking.alias(store, name, "champion").version == 1
     assert register(store, config, averaged, run_id).cached

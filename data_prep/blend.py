@@ -5,43 +5,20 @@ what is held out can only be said across all of them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from data_prep.keys import fraction, messages_digest, prompt_group
+from data_prep.groups import SIDES, grouped, kinds, rows_of
+from data_prep.keys import fraction, messages_digest
 from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer, write_table
 
-SIDES = ("train", "test")
 GROUPS_SCHEMA = pa.schema([("name", pa.string()), ("group", pa.string())])
-
-
-class Groups:
-    """Groups that merge where rows join them (union-find); a merged group bears the smallest of its names."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def of(self, name: str) -> str:
-        """The merged group that `name` belongs to."""
-        parent = self._parent
-        root = name
-        while parent.get(root, root) != root:
-            root = parent[root]
-        while parent.get(name, name) != root:  # later look-ups then take one step
-            parent[name], name = root, parent[name]
-        return root
-
-    def join(self, first: str, second: str) -> None:
-        low, high = sorted((self.of(first), self.of(second)))
-        if low != high:
-            self._parent[high] = low
-
-    def merged(self) -> Iterator[tuple[str, str]]:
-        """Every name that gave way to another, with the group that it belongs to now, in order."""
-        return ((name, self.of(name)) for name in sorted(self._parent) if self.of(name) != name)
 
 
 def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, out: Path) -> dict[str, Any]:
@@ -51,32 +28,37 @@ def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, 
     weights: by source, 1 where not named.  Up to 1 it is the share of train groups taken (chosen by a hash of seed and
     group, so that it stays as it is when rows arrive); above 1 all are taken and it becomes their `weight` in the loss.
     Test rows are all taken.  Drops: leak (a train row of a group that some source holds out), unselected (by weight),
-    duplicate (the same pair from an earlier source).  Returns {"sources": {name: {"train" | "test": {"rows_in", "kept",
-    "drops"}}}, "train", "test", "groups", "leak"}.  ValueError for an unknown name, a weight <= 0, or nothing left.
+    contradicted (near-duplicates of the two answers are preferred the other way round somewhere), duplicate (the same
+    pair from an earlier source), near_duplicate (one with a like prompt, like chosen and like rejected answer).
+    Returns {"sources": {name: {"train" | "test": {"rows_in", "kept", "drops"}}}, "train", "test", "groups", "leak",
+    "leaked_tests"}; the last are the test rows that the dropped train rows would have given away.
+    ValueError for an unknown name, a weight <= 0, or nothing left.
     """
     _check_weights(cleaned, weights)
-    groups, held_out = _groups(cleaned)
-    seen: set[bytes] = set()
+    found = grouped(cleaned)
+    seen = _Seen(kinds(cleaned, found))
     counts = {name: {side: _Count() for side in SIDES} for name in cleaned}
-    for side in SIDES:
-        with table_writer(out / f"{side}.arrow", PAIR_SCHEMA) as writer:
-            for name, row in _rows(cleaned, side):
-                group = groups.of(row["group"])
-                weight = weights.get(name, 1.0)
-                reason = _reason(side, group, weight, seed, held_out) or _duplicate(row, seen)
-                counts[name][side].add(reason)
-                if reason is None:
-                    writer.append({**row, "group": group, "weight": max(weight, 1.0)})
-    write_table(
-        ({"name": name, "group": group} for name, group in groups.merged()), out / "groups.arrow", GROUPS_SCHEMA
-    )
+    with ExitStack() as stack:
+        writers = {side: stack.enter_context(table_writer(out / f"{side}.arrow", PAIR_SCHEMA)) for side in SIDES}
+        for place, (side, name, row) in enumerate(rows_of(cleaned)):
+            group = found.groups.of(row["group"])
+            weight = weights.get(name, 1.0)
+            reason = _reason(side, group, weight, seed, found.held_out) or seen.reason(place, row)
+            counts[name][side].add(reason)
+            if reason is None:
+                writers[side].append({**row, "group": group, "weight": max(weight, 1.0)})
+    merged = ({"name": name, "group": group} for name, group in found.groups.merged())
+    write_table(merged, out / "groups.arrow", GROUPS_SCHEMA)
     metrics: dict[str, Any] = {
         "sources": {name: {side: count.metrics() for side, count in sides.items()} for name, sides in counts.items()}
     }
     for side in SIDES:
         metrics[side] = sum(sides[side].kept for sides in counts.values())
     metrics["leak"] = sum(sides["train"].drops["leak"] for sides in counts.values())
-    metrics["groups"] = len({row["group"] for side in SIDES for row in iter_rows(out / f"{side}.arrow", ["group"])})
+    written = {side: {row["group"] for row in iter_rows(out / f"{side}.arrow", ["group"])} for side in SIDES}
+    assert not written["train"] & written["test"], "a group of a test row was trained on"
+    metrics["leaked_tests"] = found.leaked_tests
+    metrics["groups"] = sum(map(len, written.values()))
     if not metrics["train"]:
         raise ValueError(
             f"No train row is left after blending {', '.join(cleaned)}: raise data weights or add a source."
@@ -90,25 +72,6 @@ def _check_weights(cleaned: Mapping[str, Path], weights: Mapping[str, float]) ->
             raise ValueError(f"There is a weight for {name}, which is no source: known are {', '.join(cleaned)}.")
         if not 0 < weight < float("inf"):
             raise ValueError(f"The weight of {name} is {weight}; it has to be above 0 (leave a source out to drop it).")
-
-
-def _rows(cleaned: Mapping[str, Path], side: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, folder in cleaned.items():
-        for row in iter_rows(folder / f"{side}.arrow"):
-            yield name, row
-
-
-def _groups(cleaned: Mapping[str, Path]) -> tuple[Groups, set[str]]:
-    """The merged groups of all rows, and those of them that a source holds out for its test."""
-    groups = Groups()
-    tested = []
-    for side in SIDES:
-        for folder in cleaned.values():
-            for row in iter_rows(folder / f"{side}.arrow", ["prompt", "group"]):
-                groups.join(row["group"], prompt_group(row["prompt"]))
-                if side == "test":
-                    tested.append(row["group"])
-    return groups, {groups.of(group) for group in tested}
 
 
 class _Count:
@@ -140,10 +103,28 @@ def _reason(side: str, group: str, weight: float, seed: int, held_out: set[str])
     return None
 
 
-def _duplicate(row: dict[str, Any], seen: set[bytes]) -> str | None:
-    """Whether an earlier row, of either side, is the same pair; the row counts as seen from now on."""
-    key = messages_digest(row["prompt"], row["chosen"], row["rejected"])
-    if key in seen:
-        return "duplicate"
-    seen.add(key)
-    return None
+class _Seen:
+    """The rows that were taken so far, to tell copies of them."""
+
+    def __init__(self, kinds: NDArray[np.int64]) -> None:
+        """`kinds` are numbers of prompt, chosen and rejected answer by row, -1 for answers that nothing is like."""
+        self._kinds = kinds
+        every = {(prompt, chosen, rejected) for prompt, chosen, rejected in kinds.tolist() if chosen != rejected}
+        self._contradicted = {kind for kind in every if (kind[0], kind[2], kind[1]) in every}
+        self._exact: set[bytes] = set()
+        self._near: set[tuple[int, ...]] = set()
+
+    def reason(self, place: int, row: dict[str, Any]) -> str | None:
+        """Why the row at a place is not taken; a row that is counts as seen from now on."""
+        kind = tuple(self._kinds[place].tolist())
+        if kind in self._contradicted:
+            return "contradicted"
+        exact = messages_digest(row["prompt"], row["chosen"], row["rejected"])
+        if exact in self._exact:
+            return "duplicate"
+        if kind in self._near:
+            return "near_duplicate"
+        self._exact.add(exact)
+        if kind[1] >= 0:
+            self._near.add(kind)
+        return None

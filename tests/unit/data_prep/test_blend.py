@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.blend import Groups, blend
+from data_prep.blend import blend
+from data_prep.groups import Groups
 from data_prep.keys import prompt_group
 from data_prep.tables import PAIR_SCHEMA, read_table, write_table
 
@@ -49,7 +50,7 @@ def prompts(rows: list[Row]) -> list[str]:
 def test_copies_and_leaks_between_sources_go(folder: Folder, sources: Any) -> None:
     cleaned = sources(
         a=([pair("one"), pair("two")], [pair("held out")]),
-        b=([pair("One!"), pair("two"), pair("Held  out?", "maybe")], [pair("held out"), pair("three")]),
+        b=([pair("One!", "other"), pair("two"), pair("Held  out?", "maybe")], [pair("held out"), pair("three")]),
         c=([pair("three", "other answer"), pair("four")], []),
     )
     metrics = blend(cleaned, {}, 0, folder("out"))
@@ -122,3 +123,39 @@ def test_bad_weights_and_nothing_left(folder: Folder, sources: Any) -> None:
             blend(cleaned, {"a": weight}, 0, folder(f"w{number}"))
     with pytest.raises(ValueError, match="No train row is left after blending a"):
         blend(cleaned, {}, 0, folder("2"))
+
+
+LONG = (
+    "Please tell me in a few words how the tides of the sea come about, why there are two of them in a day, not one, "
+    "and why they are so much higher at full moon and at new moon than in the weeks that lie between these two"
+)
+ANSWER = (
+    "The moon draws the water on the side that faces it, and the far side lags behind, so two bulges go round us "
+    "once a day; when sun and moon stand in one line with us their pulls add up, and at half moon they work crosswise"
+)
+
+
+def test_near_duplicates_and_near_contradictions_go(folder: Folder, sources: Any) -> None:
+    nearly = LONG.replace("so much higher", "higher")
+    like = ANSWER.replace("add up", "combine")
+    cleaned = sources(
+        a=([pair(LONG, ANSWER), pair("another one", ANSWER, "the sun")], []),
+        b=([pair(nearly, like), pair(LONG, ANSWER, "the wind does it"), pair("another one", "The sun!", like)], []),
+    )
+    metrics = blend(cleaned, {}, 0, folder("out"))
+    out = folder("again").parent / "out"
+    assert [(row["source"], row["rejected"][0]["content"]) for row in rows_of(out)] == [
+        ("a", "no"),
+        ("b", "the wind does it"),
+    ]
+    assert metrics["sources"]["a"]["train"]["drops"] == {"contradicted": 1}
+    assert metrics["sources"]["b"]["train"]["drops"] == {"contradicted": 1, "near_duplicate": 1}
+    assert metrics["groups"] == 1
+
+
+def test_a_train_prompt_nearly_that_of_a_test_row_leaks(folder: Folder, sources: Any) -> None:
+    nearly = LONG.replace("in a few words ", "")
+    cleaned = sources(a=([pair(nearly, "x"), pair("free")], []), b=([], [pair(LONG), pair("its own")]))
+    metrics = blend(cleaned, {}, 0, folder("out"))
+    assert metrics["sources"]["a"]["train"]["drops"] == {"leak": 1}
+    assert metrics["leaked_tests"] == 1

@@ -1,0 +1,125 @@
+"""Near-duplicates by MinHash: which texts are almost the same, found without comparing every pair.
+
+Broder 1997 (resemblance, shingles, minwise hashing) and Leskovec et al., Mining of Massive Datasets, section 3.4 (LSH
+by bands). The hashing is datasketch's, so signatures agree with its `MinHash`. Its in-memory index is not used, since
+it takes gigabytes at 700,000 texts: here a band is one sorted array at a time, and candidates are compared by their
+signatures in bulk.
+
+Near-duplicates are the connected components of the pairs found, so the answer depends neither on the order of the texts
+nor on who is asked first; it may join two texts that are alike only through a third.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+from datasketch import MinHash
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from xxhash import xxh32_intdigest
+
+from data_prep.keys import normalised
+
+SHINGLE_WORDS = 3
+THRESHOLD = 0.8
+"""Jaccard similarity of two texts' shingles from which they count as near-duplicates."""
+BANDS, ROWS = 21, 6
+"""At the threshold a pair meets in a band with probability 1 - (1 - 0.8 ** 6) ** 21 = 0.998, at a similarity of 0.5
+with 0.28; then the signatures decide."""
+PERMUTATIONS = BANDS * ROWS
+PAIRS_AT_ONCE = 100_000  # 50 MB of signatures on either side
+_MULTIPLIER = np.uint32(0x9E3779B1)
+
+Signatures = NDArray[np.uint32]
+"""[N, PERMUTATIONS]"""
+
+
+def shingles(text: str) -> NDArray[np.uint32]:
+    """Hashes of the runs of three words of a text after normalising; of a shorter one, of all its words together.
+
+    A text without a word (only signs or emoji) has one shingle of its own: it is like none but itself.
+    """
+    words = normalised(text).encode().split()
+    if not words:
+        return np.array([xxh32_intdigest(text.encode("utf-8", "surrogatepass"), seed=1)], dtype=np.uint32)
+    hashes = np.array([xxh32_intdigest(word) for word in words], dtype=np.uint32)
+    length = min(SHINGLE_WORDS, len(words))
+    mixed = np.full(len(words) - length + 1, length, dtype=np.uint32)
+    for place in range(length):  # wraps around at 2 ** 32, as is meant
+        mixed = mixed * _MULTIPLIER + hashes[place : place + len(mixed)]
+    return mixed
+
+
+def signature(text: str) -> NDArray[np.uint32]:
+    """[PERMUTATIONS]; the share of equal entries of two signatures estimates the similarity of their texts."""
+    made = MinHash(num_perm=PERMUTATIONS, hashfunc=int, permutations=_permutations(), scheme="affine32")
+    made.update_batch(shingles(text))
+    return np.asarray(made.hashvalues, dtype=np.uint32)
+
+
+def clusters(signatures: Signatures, within: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """A label for each text, the same for near-duplicates: the place of the first text of its kind.
+
+    Args:
+        signatures: [N, PERMUTATIONS].
+        within: [N]; only texts with the same number here are compared.
+    """
+    count = len(signatures)
+    labels = np.arange(count)
+    apart = np.zeros(count, dtype=np.int64) if within is None else within
+    for band in range(BANDS):
+        first, second = _neighbours(_band_keys(signatures, band, apart))
+        new = (labels[first] != labels[second]) & (apart[first] == apart[second])
+        first, second = first[new], second[new]
+        alike = np.concatenate([_alike(signatures, *part) for part in _parts(first, second)] or [np.empty(0, bool)])
+        labels = _joined(labels, first[alike], second[alike])
+    return labels
+
+
+@cache
+def _permutations() -> NDArray[np.uint32]:
+    return np.asarray(MinHash(num_perm=PERMUTATIONS, seed=1).permutations)
+
+
+def _band_keys(signatures: Signatures, band: int, apart: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One number a text that equal bands share; unequal ones seldom do, and the signatures tell them apart."""
+    key = apart.astype(np.uint64)
+    for column in signatures[:, band * ROWS : (band + 1) * ROWS].T:
+        key = (key ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    return key
+
+
+def _neighbours(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of places with the same key: each with the one before it and with the first, not each with each."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(keys) else np.empty(0, np.int64)
+    heads = np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
+    places = np.arange(len(keys))
+    follows = places > heads
+    beyond = places > heads + 1
+    first = np.r_[order[places[follows] - 1], order[heads[beyond]]]
+    return first, np.r_[order[places[follows]], order[places[beyond]]]
+
+
+def _parts(first: NDArray[np.int64], second: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], ...]]:
+    for begin in range(0, len(first), PAIRS_AT_ONCE):
+        yield first[begin : begin + PAIRS_AT_ONCE], second[begin : begin + PAIRS_AT_ONCE]
+
+
+def _alike(signatures: Signatures, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.asarray((signatures[first] == signatures[second]).mean(axis=1) >= THRESHOLD)
+
+
+def _joined(labels: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The labels after joining pairs; a label is the smallest place that bears it."""
+    if not len(first):
+        return labels
+    count = len(labels)
+    rows, columns = np.r_[first, np.arange(count)], np.r_[second, labels]
+    _, component = connected_components(coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count, count)))
+    smallest = np.full(component.max() + 1, count)
+    np.minimum.at(smallest, component, np.arange(count))
+    return smallest[component]

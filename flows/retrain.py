@@ -29,6 +29,7 @@ from tasks import (
     page,
     plan,
     prune,
+    registered,
     report,
     steps,
     tracking,
@@ -99,6 +100,7 @@ def retrain(
         raise RuntimeError(
             f"The run was started {MOST_TRIES} times without coming to its end; mend that, start another."
         )
+    config = registered.pinned(config)
     choice = Choice(from_stage, until, force)
     choice.check(dag.graph(config))
     steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work

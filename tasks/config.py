@@ -132,10 +132,12 @@ class TinyModel(Section):
 
 class ModelsConfig(Section):
     policy: str | TinyModel = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """The base of the policy: a Hugging Face folder, a hub name, or the shape of a tiny model to start from scratch."""
+    """The base of the policy: a Hugging Face folder, a hub name, a registered model such as
+    models:/chat-policy@champion, or the shape of a tiny model to start from scratch."""
     policy_revision: str | None = None
     reward: str | None = None
-    """The base of reward model and critic; None: the SFT model. Its tokenizer must be the policy's."""
+    """The base of reward model and critic, named likewise; None: the SFT model. Its tokenizer must be the policy's; a
+    reward model keeps its head."""
     reward_revision: str | None = None
 
 

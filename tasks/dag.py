@@ -151,9 +151,13 @@ def _base_first(config: RunConfig) -> list[Node]:
 def _model(key: str, name: str, revision: str | None, where: str) -> Node:
     folder = Path(name).expanduser()
     config: dict[str, Any] = {"model": name, "revision": revision}
+    if name.startswith("models:/"):  # a registered one, of which only a run's beginning tells the version
+        return Node(key, "base", config, {}, ("tasks.base",), launched=True)
     if folder.is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         _check_model_folder(folder, where)
-        config = {"model": str(folder.resolve()), "revision": None, "files": _signature(folder, folder.iterdir())}
+        registered = revision if revision and revision.startswith("models:/") else None
+        files = _signature(folder, folder.iterdir())
+        config = {"model": str(folder.resolve()), "revision": registered, "files": files}
     return Node(key, "base", config, {}, ("tasks.base",), launched=True)
 
 

@@ -5,17 +5,15 @@ worker's processes would be left behind.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from prefect import task
 from prefect.states import Completed
 
-from tasks import dag, launched, stages, tracking
+from tasks import dag, launched, registered
 from tasks.config import ConfigError
 from tasks.launched import StageFailed
-from tasks.stages import Stage, StageRef
+from tasks.stages import StageRef
 from tasks.steps import STAGE, Progress, Run, datasets, make
 from tasks.tracking import Version
 from tasks.watch import watcher
@@ -112,20 +110,10 @@ def standing(run: Run, version: Version) -> StageRef:
 
     Raises ConfigError where it cannot be had.
     """
-    digest, fingerprint = version.tags.get("digest", ""), version.tags.get("fingerprint", "")
-    address = urlsplit(version.source)
-    folders = [Path(unquote(address.path))] if address.scheme in ("", "file") else []
-    folders.append(dag.workspace(run.config) / "ppo" / fingerprint)
-    for folder in folders:
-        if (folder / "model" / "config.json").is_file():
-            return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})
-    identity = {"model": version.name, "version": version.version, "digest": digest}
-    stage = Stage("champion", dag.workspace(run.config), identity, {}, ("tasks.tracking",))
     try:
-        fetched = stages.run(stage, lambda directory: tracking.fetch_version(run.store, version, directory))
+        return registered.as_stage(run.store, version, dag.workspace(run.config))
     except ValueError as error:
         raise ConfigError(
             f"the champion, {version.name} version {version.version}, cannot be compared: {error}; "
             "promote the candidate by hand with `rlhf promote`"
         ) from None
-    return StageRef("champion", fingerprint, digest, fetched.path, True, 0.0, {})

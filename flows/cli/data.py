@@ -38,10 +38,10 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Show what a run is trained on: rows kept and dropped, and token lengths. Prepares the data if need be."""
-    from tasks import plan
+    from tasks import plan, registered
     from tasks.config import load
 
-    parsed = load(config, set_ or ())
+    parsed = registered.pinned(load(config, set_ or ()))
     refs = plan.finished(parsed, "tokenise")
     if refs is None:
         run.execute(*run.checked(config, set_, None, "tokenise", None), debug)

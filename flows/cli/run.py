@@ -109,10 +109,10 @@ def checked(
     config: Path, overrides: list[str] | None, from_: str | None, until: str | None, force: str | None
 ) -> "tuple[RunConfig, Choice]":
     """Config and choice, with all that can be said against them before any work."""
-    from tasks import dag, plan
+    from tasks import dag, plan, registered
     from tasks.config import load
 
-    parsed = load(config, overrides or ())
+    parsed = registered.pinned(load(config, overrides or ()))
     choice = dag.Choice(from_, until, force)
     choice.check(dag.graph(parsed))
     plan.check_machine(parsed)

@@ -66,18 +66,18 @@ class ScalarModel(nn.Module):
 
 def load_policy(folder: str | Path) -> Policy:
     """The causal language model of a Hugging Face folder, in fp32. Raises ValueError if its weights do not fit."""
-    model = _load(AutoModelForCausalLM, folder, may_miss=())
+    model, _ = _load(AutoModelForCausalLM, folder, may_miss=())
     return Policy(model)
 
 
 def load_scalar(folder: str | Path, pad_token_id: int, new_head_seed: int | None = None) -> ScalarModel:
     """The one-label sequence classifier of a Hugging Face folder, in fp32.
 
-    With `new_head_seed` the folder may be a causal language model: the head is then drawn from N(0, 1/(d+1)), d the
+    With `new_head_seed` the folder may be a causal language model: its head is then drawn from N(0, 1/(d+1)), d the
     width of its input (Huang et al. 2024, detail 10). Raises ValueError if the weights do not fit.
     """
     new_head = new_head_seed is not None
-    model = _load(
+    model, missing = _load(
         AutoModelForSequenceClassification,
         folder,
         may_miss=(r"score\.weight",) if new_head else (),
@@ -85,7 +85,7 @@ def load_scalar(folder: str | Path, pad_token_id: int, new_head_seed: int | None
         num_labels=1,
     )
     model.config.pad_token_id = pad_token_id
-    if new_head_seed is not None:
+    if new_head_seed is not None and missing:
         width = model.score.weight.shape[1]
         generator = torch.Generator().manual_seed(new_head_seed)
         with torch.no_grad():
@@ -103,7 +103,8 @@ def without_dropout(config: Any) -> Any:
 
 def _load(
     auto_class: Any, folder: str | Path, may_miss: Iterable[str], may_be_left: Iterable[str] = (), **config_changes: Any
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the keys that its folder had no weights for: all of them match `may_miss`."""
     config = without_dropout(AutoConfig.from_pretrained(folder, **config_changes))
     model, report = auto_class.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
@@ -116,7 +117,7 @@ def _load(
             f"left over {left_over or 'none'}, of another shape {list(report['mismatched_keys']) or 'none'}; "
             "point the config at a model of the right kind"
         )
-    return model
+    return model, list(report["missing_keys"])
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

@@ -1,0 +1,60 @@
+"""Registered models as folders on this machine: for the comparison with the champion, a warm start, a chat.
+
+In a config, `models:/NAME@ALIAS` is the version that the alias names when a run begins. The run then reads that
+version's folder, and keeps which version it was as the model's revision, which is what lineage shows.
+"""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tasks import dag, stages, tracking
+from tasks.config import ConfigError, RunConfig
+from tasks.stages import Stage, StageRef
+from tasks.tracking import Store, Version
+
+SCHEME = "models:/"
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The config with the models that it names by `models:/` as folders, each with its version as its revision.
+
+    Raises ConfigError for a model, version or alias that is not there, or whose files are gone.
+    """
+    named = {
+        key: value
+        for key in ("policy", "reward")
+        if isinstance(value := getattr(config.models, key), str) and value.startswith(SCHEME)
+    }
+    if not named:
+        return config
+    workspace = dag.workspace(config)
+    store = tracking.open_store(workspace)
+    changes: dict[str, str] = {}
+    for key, name in named.items():
+        try:
+            version = tracking.named_version(store, name)
+            folder = as_stage(store, version, workspace).directory
+        except ValueError as error:
+            raise ConfigError(f"models.{key}: {error}") from None
+        changes[key] = str(folder / "model")
+        changes[f"{key}_revision"] = f"{SCHEME}{version.name}/{version.version}"
+    return config.model_copy(update={"models": config.models.model_copy(update=changes)})
+
+
+def as_stage(store: Store, version: Version, workspace: Path) -> StageRef:
+    """A registered version as the input of a stage: as it lies on this machine, else fetched from the store once.
+
+    Its directory holds `model/`, the Hugging Face folder. Raises ValueError where it cannot be had.
+    """
+    digest, fingerprint = version.tags.get("digest", ""), version.tags.get("fingerprint", "")
+    address = urlsplit(version.source)
+    folders = [Path(unquote(address.path))] if address.scheme in ("", "file") else []
+    if version.name.endswith("-policy"):
+        folders.append(workspace / "ppo" / fingerprint)  # the average lies there too, in another folder
+    for folder in folders:
+        if (folder / "model" / "config.json").is_file():
+            return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})
+    identity = {"model": version.name, "version": version.version, "digest": digest}
+    stage = Stage("champion", workspace, identity, {}, ("tasks.tracking",))
+    fetched = stages.run(stage, lambda directory: tracking.fetch_version(store, version, directory))
+    return StageRef("champion", fingerprint, digest, fetched.path, True, 0.0, {})

@@ -46,7 +46,7 @@ def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, 
             reason = _reason(side, group, weight, seed, found.held_out) or seen.reason(place, row)
             counts[name][side].add(reason)
             if reason is None:
-                writers[side].append({**row, "group": group, "weight": max(weight, 1.0)})
+                writers[side].append({**row, "group": group, "weight": row["weight"] * max(weight, 1.0)})
     merged = ({"name": name, "group": group} for name, group in found.groups.merged())
     write_table(merged, out / "groups.arrow", GROUPS_SCHEMA)
     metrics: dict[str, Any] = {

@@ -31,9 +31,16 @@ SIDES = ("train", "test")
 
 
 class Pair(NamedTuple):
+    """A preference, or a conversation to learn from (SFT only), which has no rejected answer."""
+
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    weight: float = 1.0
+
+    @property
+    def answers(self) -> tuple[list[Message], ...]:
+        return (self.chosen, self.rejected) if self.rejected else (self.chosen,)
 
 
 class _Dropped(Exception):  # noqa: N818 (a verdict, not a failure)
@@ -120,7 +127,7 @@ def _write_draft(
             pairs_of[group or ""] += 1
             kept.append(keys)
             fixes.update(changed)
-            writer.append({**pair._asdict(), "source": spec.name, "group": keys.group, "weight": 1.0})
+            writer.append({**pair._asdict(), "source": spec.name, "group": keys.group})
     return kept
 
 
@@ -163,11 +170,14 @@ def read_pair(row: Row, spec: SourceSpec, max_chars: int) -> tuple[Pair, set[str
         raise _Dropped(reason)
     raw = source.read(row)
     changed: set[str] = set()
-    pair = Pair(
-        _prompt(raw, source, changed),
-        _answer(raw.chosen, source, changed),
-        _answer(raw.rejected, source, changed),
-    )
+    prompt = _prompt(raw, source, changed)
+    if raw.sft_only:
+        pair = Pair(prompt[:-1], prompt[-1:], [], raw.weight)
+    else:
+        answers = (_answer(raw.chosen, source, changed), _answer(raw.rejected, source, changed))
+        pair = Pair(prompt, *answers, raw.weight)
+        if not pair.rejected:
+            raise _Dropped("empty")
     _check(pair, max_chars)
     return pair, changed
 
@@ -220,18 +230,17 @@ def _without_stray(text: str, changed: set[str]) -> str:
 
 def _check(pair: Pair, max_chars: int) -> None:
     """Raise `_Dropped` with the first reason that speaks against the pair."""
-    contents = [turn["content"] for turns in pair for turn in turns]
-    if not all(pair) or not all(contents):
+    contents = [turn["content"] for turns in (pair.prompt, *pair.answers) for turn in turns]
+    if not pair.prompt or not pair.chosen or not all(contents):
         raise _Dropped("empty")
     if any("\ufffd" in content for content in contents):
         raise _Dropped("broken_characters")
-    answers = (pair.chosen, pair.rejected)
-    if not is_prompt(pair.prompt) or any([turn["role"] for turn in turns] != ["assistant"] for turns in answers):
+    if not is_prompt(pair.prompt) or any([turn["role"] for turn in turns] != ["assistant"] for turns in pair.answers):
         raise _Dropped("role_order")
-    if any(has_turns(turns[0]["content"]) for turns in answers):
+    if any(has_turns(turns[0]["content"]) for turns in pair.answers):
         raise _Dropped("role_order")
     if pair.chosen == pair.rejected:
         raise _Dropped("identical")
     prompt_chars = sum(len(turn["content"]) for turn in pair.prompt)
-    if prompt_chars + max(len(turns[0]["content"]) for turns in answers) > max_chars:
+    if prompt_chars + max(len(turns[0]["content"]) for turns in pair.answers) > max_chars:
         raise _Dropped("too_long")

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.keys import digest, fraction
-from data_prep.tables import iter_rows
+from data_prep.tables import iter_rows, read_arrow
 
 SIDES = ("train", "test")
 _SCHEMA = pa.schema([("key", pa.uint64()), ("home", pa.string()), ("held_out", pa.bool_())])
@@ -40,6 +41,12 @@ class Group(NamedTuple):
     """`key_of` every name that was merged into it."""
     tested: bool
     """Whether a set holds rows of it out itself."""
+    sft_only: bool = False
+    """Whether nothing in it is compared, so that only SFT can use it."""
+
+
+SFT_ONLY = "sft:"
+"""Begins the home of such groups, which are of the SFT phase for ever."""
 
 
 def key_of(name: str) -> int:
@@ -54,8 +61,14 @@ def is_held_out(group: str, eval_fraction: float, seed: int) -> bool:
 
 def read_groups(blended: Path) -> dict[str, Group]:
     """The groups of a blended set, by name (of train.arrow, test.arrow and the merged names in groups.arrow)."""
-    rows = {side: {row["group"] for row in iter_rows(blended / f"{side}.arrow", ["group"])} for side in SIDES}
-    groups = {name: Group([key_of(name)], name in rows["test"]) for side in SIDES for name in rows[side]}
+    rows: dict[str, set[str]] = {}
+    compared: set[str] = set()
+    for side in SIDES:
+        table = read_arrow(blended / f"{side}.arrow", ["group", "rejected"])
+        rows[side] = set(table["group"].to_pylist())
+        compared |= set(table["group"].filter(pc.greater(pc.list_value_length(table["rejected"]), 0)).to_pylist())
+    names = rows["train"] | rows["test"]
+    groups = {name: Group([key_of(name)], name in rows["test"], name not in compared) for name in sorted(names)}
     for row in iter_rows(blended / "groups.arrow"):
         if row["group"] in groups:
             groups[row["group"]].keys.append(key_of(row["name"]))
@@ -101,7 +114,7 @@ class Ledger:
         homes = {}
         for name, group in sorted(groups.items()):
             keys = [key for key in group.keys if key in self._home_of]
-            home = self._home_of[keys[0]] if keys else name
+            home = self._home_of[keys[0]] if keys else SFT_ONLY * group.sft_only + name
             if not keys:
                 self._held_out[home] = group.tested or is_held_out(name, eval_fraction, seed)
             if len(keys) < len(group.keys):

@@ -1,6 +1,6 @@
-"""Local preference files (JSON, JSONL, CSV, Parquet) as Arrow tables, whatever their form, with clear errors.
+"""Local files (JSON, JSONL, CSV, Parquet) as Arrow tables, whatever their form, with clear errors.
 
-The columns hold text, or lists of messages with role and content; in a CSV file such a list is written as JSON.
+Text is a string, or a list of messages with role and content; in a CSV file a list is written as JSON.
 """
 
 import json
@@ -85,6 +85,14 @@ def _messages_if_json(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
     if texts and all(text.startswith("[{") for text in texts):
         return pa.array([json.loads(text) for text in texts])
     return column
+
+
+def list_of(cell: Any) -> list[Any]:
+    """The list that a cell holds, itself or as JSON; ValueError for anything else."""
+    value = json.loads(cell) if isinstance(cell, str) else cell
+    if not isinstance(value, list):
+        raise ValueError(f"a cell holds {cell!r}, not a list")
+    return value
 
 
 def check_cells(path: str, table: pa.Table, columns: tuple[str, ...]) -> None:

@@ -5,9 +5,10 @@ twice or an EOS that is missing can be seen here, and nowhere else.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,9 +54,16 @@ def shown(path: Path, phase: str, tokenizer: PreTrainedTokenizerBase, source: st
         for answer in answers:
             ids, learnt = list(row["prompt"]), [False] * len(row["prompt"])
             if answer is not None:
-                ids, learnt = ids + row[answer], learnt + [True] * len(row[answer])
+                ids, learnt = ids + row[answer], learnt + _learnt(row, answer)
             found.append(Shown(row["source"], answer, len(ids), segments(tokenizer, ids, learnt)))
     return found
+
+
+def _learnt(row: Mapping[str, Any], answer: str) -> list[bool]:
+    learnt = [True] * len(row[answer])
+    for span in row.get("others") or ():
+        learnt[span["begin"] : span["end"]] = [False] * (span["end"] - span["begin"])
+    return learnt
 
 
 def segments(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], learnt: Sequence[bool]) -> list[Segment]:

@@ -1,7 +1,8 @@
-"""The preference sets that can be read: their true columns, splits and forms, and how a row becomes a raw pair.
+"""The sets that can be read: their true columns, splits and forms, and how a row becomes a raw pair.
 
-Six sets of the Hugging Face hub, and local files with the columns prompt, chosen and rejected.  What a row's text needs
-(parsing, repairs, checks) is `data_prep.clean`'s work; here is only what differs from set to set.
+Six sets of the Hugging Face hub; and local files and other sets in one of the forms of `data_prep.kinds`, which are
+written in its unified columns.  What a row's text needs (parsing, repairs, checks) is `data_prep.clean`'s work; here is
+only what differs from set to set.
 """
 
 import difflib
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import httpx
+import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from data_prep.local_files import check_cells, read_local
+from data_prep.kinds import UNIFIED, Kind, check_columns, unified
+from data_prep.local_files import read_local
 
 Row = Mapping[str, Any]
 
@@ -25,9 +28,10 @@ Row = Mapping[str, Any]
 class SourceSpec:
     """What the user says about one source.
 
-    name: a hub id of `SOURCES`, or any label for local files.  path: a local JSON, JSONL, CSV or Parquet file, or a
-    folder with train.* and perhaps test.*.  revision: of the hub's repository.  max_rows: most train rows kept, chosen
-    by hash.  min_score_ratio, max_pairs_per_post: SHP only.  ValueError for an unknown name or a value out of range.
+    name: a hub id of `SOURCES`, or of any set whose kind is given, or any label for local files.  path: a local JSON,
+    JSONL, CSV or Parquet file, or a folder with train.* and perhaps test.*.  kind: what its rows are; for local files
+    it is told by the columns.  revision: of the hub's repository.  max_rows: most train rows kept, chosen by hash.
+    min_score_ratio, max_pairs_per_post: SHP only.  ValueError for an unknown name or a value out of range.
     """
 
     name: str
@@ -36,12 +40,17 @@ class SourceSpec:
     max_rows: int | None = None
     min_score_ratio: float = 2.0
     max_pairs_per_post: int = 5
+    kind: Kind | None = None
 
     def __post_init__(self) -> None:
-        if self.path is None and self.name not in SOURCES:
+        if self.kind is not None and self.name in SOURCES:
+            raise ValueError(f"The rows of {self.name} are pairs: leave its kind out.")
+        if self.is_known and self.name not in SOURCES:
             near = difflib.get_close_matches(self.name, SOURCES, n=1, cutoff=0.3)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SOURCES)}."
-            raise ValueError(f"Unknown source {self.name!r}: {hint} (For a local file, give its path.)")
+            raise ValueError(
+                f"Unknown source {self.name!r}: {hint} (For a local file, give its path; for another set, its kind.)"
+            )
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows of {self.name} is {self.max_rows}; it has to be at least 1 (or left out).")
         if self.max_pairs_per_post < 1:
@@ -49,13 +58,23 @@ class SourceSpec:
                 f"max_pairs_per_post of {self.name} is {self.max_pairs_per_post}; it has to be at least 1."
             )
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it is one of the six, in a form of its own."""
+        return self.path is None and self.kind is None
+
 
 class RawPair(NamedTuple):
-    """A row as its set has it: texts, or message lists in local files; None where a cell is empty."""
+    """A row as its set has it: texts or message lists, None where a cell is empty.
+
+    An SFT-only row has its whole conversation as the prompt.
+    """
 
     prompt: Any
     chosen: Any
     rejected: Any
+    weight: float = 1.0
+    sft_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,23 +164,18 @@ SOURCES: dict[str, Source] = {
     ),
 }
 
-LOCAL = Source(_PAIR_COLUMNS, _TRAIN_AND_TEST, "either", _plain)
+
+def _unified(row: Row) -> RawPair:
+    return RawPair(row["prompt"], row["chosen"], row["rejected"], row["weight"], row["kind"] == "sft")
+
+
+OTHER = Source(UNIFIED, _TRAIN_AND_TEST, "either", _unified, reject=lambda row, spec: "tie" if row["tie"] else None)
+"""Local files, and sets beside the six."""
 
 
 def source_of(spec: SourceSpec) -> Source:
     """The source that a spec speaks of."""
-    return SOURCES[spec.name] if spec.path is None else LOCAL
-
-
-def check_columns(name: str, found: Iterable[str], needed: Iterable[str]) -> None:
-    """ValueError that says which of the needed columns are missing and which were found."""
-    found = list(found)
-    missing = [column for column in needed if column not in found]
-    if missing:
-        raise ValueError(
-            f"The set {name} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
-            f"found were {', '.join(found) or 'none'}. Rename its columns, or name another set."
-        )
+    return SOURCES[spec.name] if spec.is_known else OTHER
 
 
 def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
@@ -176,19 +190,35 @@ def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
         revision = "local"
     else:
         root, revision = _mirror(spec, Path(hub)) if hub is not None else _snapshot(spec)
-        rows = _copy_parquet(spec, root, out)
+        rows = _copy_parquet(spec, root, out) if spec.is_known else _write_other(spec, root, out)
     size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
     return {"rows": rows, "bytes": size, "revision": revision}
 
 
 def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
-    rows = {}
-    for split, table in read_local(path).items():
-        check_columns(spec.name, table.column_names, LOCAL.columns)
-        check_cells(str(path), table, LOCAL.columns)
-        (out / split).mkdir()
-        pq.write_table(table.select(LOCAL.columns), out / split / "0000.parquet")
-        rows[split] = table.num_rows
+    return {split: _write_unified(spec, split, [table], out) for split, table in read_local(path).items()}
+
+
+def _write_other(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
+    files = {split: _split_files(root, split) for split in ("train", "test")}
+    if not files["train"]:
+        raise ValueError(
+            f"{spec.name} in {root} has no Parquet files of the split train: complete it, or name another."
+        )
+    return {
+        split: _write_unified(spec, split, (pq.read_table(file) for file in found), out)
+        for split, found in files.items()
+        if found
+    }
+
+
+def _write_unified(spec: SourceSpec, split: str, tables: Iterable[pa.Table], out: Path) -> int:
+    (out / split).mkdir()
+    rows = 0
+    for number, table in enumerate(tables):
+        pairs = unified(spec.name, table, spec.kind)
+        pq.write_table(pairs, out / split / f"{number:04d}.parquet")
+        rows += pairs.num_rows
     return rows
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.keys import fraction
-from data_prep.ledger import Group, Ledger, keys_of, read_groups
+from data_prep.ledger import SFT_ONLY, Group, Ledger, keys_of, read_groups
 from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
 
 PHASES = ("sft", "reward", "ppo", "judge")
@@ -29,7 +29,9 @@ KEYS_SCHEMA = pa.schema([("group", pa.string()), ("keys", pa.list_(pa.uint64()))
 
 
 def phase_of(group: str, ratio: Sequence[float], seed: int) -> str:
-    """The phase of a group: each gets its share of the ratio (SFT, reward, PPO and perhaps judge)."""
+    """The phase of a group's home: each gets its share of the ratio (SFT, reward, PPO and perhaps judge)."""
+    if group.startswith(SFT_ONLY):
+        return "sft"
     at = fraction("phase", str(seed), group) * sum(ratio)
     borders = list(accumulate(ratio))
     return next((PHASES[i] for i, border in enumerate(borders) if at < border), PHASES[len(ratio) - 1])
@@ -45,8 +47,8 @@ def split(
     and left out where the ledger says that their group was trained on.  ledger: its file, which is only read here;
     without one no group is known.  Beside the tables go the keys of their groups: {phase}-keys.npy (sorted uint64) of
     what the phase trains on, eval-keys.arrow (`KEYS_SCHEMA`) of what is held out.  Returns {phase: {side: {"rows",
-    "groups"}}, "trained_before": test rows left out}.  ValueError for a bad ratio or a file left empty, RuntimeError
-    for a leak.
+    "groups"}}, "left_out": {"trained_before": test rows, "sft_only": SFT-only rows in groups of another phase}}.
+    ValueError for a bad ratio or a file left empty, RuntimeError for a leak.
     """
     _check_ratio(phases, eval_fraction)
     names = PHASES[: len(phases)]
@@ -54,16 +56,20 @@ def split(
     book = Ledger.read(ledger) if ledger else Ledger()
     homes = book.settle(groups, eval_fraction, seed)
     paths = {(phase, side): out / f"{phase}-{side}.arrow" for phase in names for side in SIDES}
-    trained_before = 0
+    left_out = dict.fromkeys(("trained_before", "sft_only"), 0)
     with ExitStack() as stack:
         writers = {key: stack.enter_context(table_writer(path, PAIR_SCHEMA)) for key, path in paths.items()}
         for part in ("train", "test"):
             for row in iter_rows(blended / f"{part}.arrow"):
                 home = homes[row["group"]]
                 if part == "test" and not home.held_out:
-                    trained_before += 1
+                    left_out["trained_before"] += 1
                     continue
-                writers[phase_of(home.name, phases, seed), "eval" if home.held_out else "train"].append(row)
+                phase = phase_of(home.name, phases, seed)
+                if phase != "sft" and not row["rejected"]:
+                    left_out["sft_only"] += 1
+                    continue
+                writers[phase, "eval" if home.held_out else "train"].append(row)
     for (phase, side), writer in writers.items():
         if not writer.rows:
             raise ValueError(
@@ -78,7 +84,7 @@ def split(
         phase: {side: {"rows": len(written[phase, side]), "groups": len(set(written[phase, side]))} for side in SIDES}
         for phase in names
     }
-    return {**counts, "trained_before": trained_before}
+    return {**counts, "left_out": left_out}
 
 
 def _write_keys(groups: Mapping[str, Group], written: Mapping[tuple[str, str], list[str]], out: Path) -> None:

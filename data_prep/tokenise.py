@@ -1,12 +1,15 @@
 """Split pairs to ragged tables of token ids, unpadded, as the training loops read them.
 
-sft-{side}: prompt, answer.  reward-{side} and judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt
-once, with its group, and with its messages, so that a policy with another tokenizer can be asked the same.  Every
-answer ends in EOS.  Nothing is cut: what is too long is dropped and counted.
+sft-{side}: prompt, answer and others, the spans of the answer that are not learnt: an SFT-only row is a whole
+conversation, of which all assistant's turns are learnt; its answer begins with the first.  reward-{side} and
+judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt once, with its group, and with its messages, so
+that a policy with another tokenizer can be asked the same.  Every answer ends in EOS.  Nothing is cut: what is too long
+is dropped and counted.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,7 @@ from data_prep.tokenizer import (
     load_tokenizer,
     prompt_ids,
     prompt_text,
+    turn_texts,
 )
 
 __all__ = ["answer_ids", "check_eos", "load_tokenizer", "prompt_ids", "tokenise"]
@@ -33,11 +37,12 @@ __all__ = ["answer_ids", "check_eos", "load_tokenizer", "prompt_ids", "tokenise"
 BATCH = 1024
 
 _IDS = pa.list_(pa.int32())
+_SPANS = pa.list_(pa.struct([("begin", pa.int32()), ("end", pa.int32())]))
 _PAIR_IDS = pa.schema(
     [("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS), ("weight", pa.float32()), ("source", pa.string())]
 )
 SCHEMAS = {
-    "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("source", pa.string())]),
+    "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("others", _SPANS), ("source", pa.string())]),
     "reward": _PAIR_IDS,
     "judge": _PAIR_IDS,
     "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), ("source", pa.string()), ("group", pa.string())]),
@@ -62,8 +67,10 @@ def tokenise(
 ) -> dict[str, dict[str, Any]]:
     """Write {phase}-{side}.arrow (`SCHEMAS`) for every {phase}-{side}.arrow of `split_dir`.
 
-    max_answer_tokens counts the EOS.  Drops: prompt_too_long, answer_too_long, special_token (a text spells one out),
-    identical (two answers with the same ids), duplicate (PPO's prompts and SFT's answers come once).  Returns {phase:
+    max_answer_tokens counts the EOS; an SFT-only conversation may have max_prompt_tokens + max_answer_tokens.  Drops:
+    prompt_too_long, answer_too_long, conversation_too_long, special_token (a text spells one out), identical (two
+    answers with the same ids), duplicate (PPO's prompts and SFT's answers come once), outranked (SFT: an answer that
+    another pair rejects; of a prompt's ranked answers, only the best is learnt).  Returns {phase:
     {side: {"rows_in", "kept", "drops", "tokens": {column: {"mean", "p50", "p90", "p99", "max", "sum"}}}}}.
     ValueError where nothing of a file is left.
     """
@@ -97,27 +104,40 @@ def _tokenise_file(
     drops: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {column: [] for column in ("prompt", *ANSWERS[phase])}
     seen: set[bytes] = set()
+    worse = _rejected(path) if phase == "sft" else frozenset()
     rows_in = 0
     with table_writer(out, SCHEMAS[phase]) as writer:
         for batch in _batches(path):
             rows_in += len(batch)
-            fresh = [row for row in batch if not _is_repeated(phase, row, seen)]
-            drops["duplicate"] += len(batch) - len(fresh)
-            for row, ids in zip(fresh, _encode_batch(fresh, phase, tokenizer), strict=True):
-                reason = _reason(ids, limits)
+            good = (
+                [row for row in batch if messages_digest(row["prompt"], row["chosen"]) not in worse] if worse else batch
+            )
+            drops["outranked"] += len(batch) - len(good)
+            fresh = [row for row in good if not _is_repeated(phase, row, seen)]
+            drops["duplicate"] += len(good) - len(fresh)
+            for row, (ids, others) in zip(fresh, _encode_batch(fresh, phase, tokenizer), strict=True):
+                reason = _reason(ids, limits, whole=not row["rejected"])
                 if reason:
                     drops[reason] += 1
                     continue
                 assert ids is not None, "a row without ids has a reason"
                 for column, tokens in ids.items():
                     lengths[column].append(len(tokens))
-                writer.append({**ids, "messages": row["prompt"], **{name: row[name] for name in KEPT}})
+                writer.append(
+                    {**ids, "others": others, "messages": row["prompt"], **{name: row[name] for name in KEPT}}
+                )
     return {
         "rows_in": rows_in,
         "kept": writer.rows,
         "drops": {reason: count for reason, count in sorted(drops.items()) if count},
         "tokens": {column: _summary(values) for column, values in lengths.items() if values},
     }
+
+
+def _rejected(path: Path) -> set[bytes]:
+    """The answers, with their prompts, that some pair rejects."""
+    rows = iter_rows(path, ["prompt", "rejected"])
+    return {messages_digest(row["prompt"], row["rejected"]) for row in rows if row["rejected"]}
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -142,29 +162,51 @@ def _is_repeated(phase: str, row: dict[str, Any], seen: set[bytes]) -> bool:
     return False
 
 
+Ids = dict[str, list[int]]
+Spans = list[dict[str, int]]
+
+
 def _encode_batch(
     rows: list[dict[str, Any]], phase: str, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, list[int]] | None]:
-    """Token ids by column for each row, None where a text holds a special token; equal texts are tokenised once."""
-    texts: list[dict[str, str] | None] = [_texts(row, phase, tokenizer) for row in rows]
-    unique = list(dict.fromkeys(text for row in texts if row for text in row.values()))
+) -> list[tuple[Ids | None, Spans]]:
+    """Token ids by column for each row, None where a text holds a special token, and the spans that are not learnt.
+
+    Equal texts are tokenised once.
+    """
+    texts = [_texts(row, phase, tokenizer) for row in rows]
+    unique = list(dict.fromkeys(text for row in texts if row for column in row.values() for text in column))
     ids = dict(zip(unique, encode(tokenizer, unique), strict=True))
-    return [{column: ids[text] for column, text in row.items()} if row else None for row in texts]
+    return [_joined(row, ids) if row else (None, []) for row in texts]
 
 
-def _texts(row: dict[str, Any], phase: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
+def _joined(texts: dict[str, list[str]], ids: Mapping[str, list[int]]) -> tuple[Ids, Spans]:
+    parts = {column: [ids[text] for text in texts[column]] for column in texts}
+    ends = list(accumulate(len(part) for part in parts.get("answer", [])))
+    others = [{"begin": begin, "end": end} for begin, end in zip(ends[::2], ends[1::2], strict=False)]
+    return {column: [token for part in of_column for token in part] for column, of_column in parts.items()}, others
+
+
+def _texts(row: dict[str, Any], phase: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]] | None:
+    """By column, the texts that are tokenised each by itself; those of an answer are learnt, and not, in turn."""
     answers = {column: row[name][0] for column, name in ANSWERS[phase].items()}
     if holds_special(tokenizer, (turn["content"] for turn in (*row["prompt"], *answers.values()))):
         return None
+    if phase == "sft" and not row["rejected"]:
+        prompt, *turns = turn_texts(tokenizer, [*row["prompt"], answers["answer"]])
+        return {"prompt": [prompt], "answer": turns}
     prompt = prompt_text(tokenizer, row["prompt"])
-    return {"prompt": prompt} | {
-        column: answer_text(tokenizer, prompt, row["prompt"], answer) for column, answer in answers.items()
+    return {"prompt": [prompt]} | {
+        column: [answer_text(tokenizer, prompt, row["prompt"], answer)] for column, answer in answers.items()
     }
 
 
-def _reason(ids: dict[str, list[int]] | None, limits: Limits) -> str | None:
+def _reason(ids: Ids | None, limits: Limits, whole: bool) -> str | None:
+    """whole: the row is an SFT-only conversation."""
     if ids is None:
         return "special_token"
+    if whole:
+        tokens = sum(len(column) for column in ids.values())
+        return "conversation_too_long" if tokens > limits.prompt + limits.answer else None
     if len(ids["prompt"]) > limits.prompt:
         return "prompt_too_long"
     answers = [tokens for column, tokens in ids.items() if column != "prompt"]

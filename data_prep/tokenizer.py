@@ -110,6 +110,31 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Seque
     return body + (end or str(tokenizer.eos_token))
 
 
+def turn_texts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
+    """A conversation that ends in an answer, in the chat template, cut where the loss mask changes.
+
+    In turn: what stands before an answer, the answer with its EOS, what stands before the next one, and so on to the
+    last.  An earlier answer that the template leaves out or changes in the history is none: it is not learnt.
+    """
+    *history, last = messages
+    prompt = prompt_text(tokenizer, history)
+    texts, done = [], 0
+    for index, message in enumerate(history):
+        if message["role"] != "assistant":
+            continue
+        start = len(before := prompt_text(tokenizer, history[:index]))
+        found = prompt.find(message["content"], start) if prompt.startswith(before) else -1
+        if found < 0:
+            continue
+        stop = found + len(message["content"])
+        rest = prompt[stop:]
+        if rest.lstrip().startswith(str(tokenizer.eos_token)):
+            stop += rest.index(str(tokenizer.eos_token)) + len(str(tokenizer.eos_token))
+        texts += [prompt[done:start], prompt[start:stop]]
+        done = stop
+    return [*texts, prompt[done:], answer_text(tokenizer, prompt, history, last)]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Ids of texts that the template has already given their special tokens."""
     return list(tokenizer(texts, add_special_tokens=False).input_ids) if texts else []

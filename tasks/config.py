@@ -50,8 +50,11 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """One preference set."""
+    """One set: preference pairs, conversations for SFT alone, or ranked answers."""
 
+    kind: Literal["pairs", "sft", "ranked"] | None = None
+    """What the rows are: prompt, chosen, rejected; or messages; or prompt, responses, scores. None: one of the six
+    sets, or local files whose columns tell. Any other set of the hub needs it."""
     path: str | None = None
     """A local JSON, JSONL, CSV or Parquet file (or a folder with train.* and test.*); None: a set of the hub."""
     revision: str | None = None

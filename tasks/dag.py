@@ -185,11 +185,20 @@ def _sources(config: RunConfig) -> list[Node]:
 
 
 def _download(config: RunConfig, name: str, source: SourceConfig) -> Node:
-    if source.path is None and name not in SIX_SETS:
+    if source.path is None and source.kind is None and name not in SIX_SETS:
         near = difflib.get_close_matches(name, SIX_SETS, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIX_SETS)}"
-        raise ConfigError(f"data.sources: unknown set {name}; {hint} (for a file of your own, give its path)")
-    settings: dict[str, Any] = {"source": name, "path": None, "revision": source.revision, "hub": None}
+        raise ConfigError(
+            f"data.sources: unknown set {name}; {hint} (for a file of your own, give its path; for another set, its "
+            "kind)"
+        )
+    settings: dict[str, Any] = {
+        "source": name,
+        "kind": source.kind,
+        "path": None,
+        "revision": source.revision,
+        "hub": None,
+    }
     inputs = {}
     if source.path is not None:
         settings |= _local_file(name, Path(source.path).expanduser())
@@ -228,6 +237,7 @@ def _signature(folder: Path, files: Iterable[Path]) -> dict[str, list[int]]:
 def _clean(config: RunConfig, name: str, source: SourceConfig) -> Node:
     settings = {
         "source": name,
+        "kind": source.kind,
         "local": source.path is not None,
         "max_rows": source.max_rows,
         "min_score_ratio": source.min_score_ratio,

@@ -94,7 +94,7 @@ def _demo(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> M
 def _download(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
     from data_prep import sources
 
-    spec = sources.SourceSpec(config["source"], path=config["path"], revision=config["revision"])
+    spec = sources.SourceSpec(config["source"], path=config["path"], revision=config["revision"], kind=config["kind"])
     hub = str(inputs["demo"]) if "demo" in inputs else config["hub"]
     return sources.download(spec, hub, out)
 
@@ -105,6 +105,7 @@ def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> 
     spec = sources.SourceSpec(
         config["source"],
         path=str(inputs["raw"]) if config["local"] else None,  # says only that the set is none of the six
+        kind=config["kind"],
         max_rows=config["max_rows"],
         min_score_ratio=config["min_score_ratio"],
         max_pairs_per_post=config["max_pairs_per_post"],

@@ -54,9 +54,20 @@ def chunks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 def language_batch(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> LanguageBatch:
     """Rows with `prompt` and `answer` token ids -> a batch padded on the right; the answers are learnt."""
     sequences = right_padded([row["prompt"] + row["answer"] for row in rows], pad_id, device)
-    place = torch.arange(sequences.input_ids.shape[1], device=device)
-    starts = torch.tensor([len(row["prompt"]) for row in rows], device=device)
-    return LanguageBatch(sequences, sequences.attention_mask & (place >= starts.unsqueeze(1)))
+    learnt = torch.zeros(sequences.input_ids.shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        learnt[index, learnt_places(row)] = True
+    return LanguageBatch(sequences, learnt.to(device))
+
+
+def learnt_places(row: Mapping[str, Any]) -> list[int]:
+    """The places in prompt + answer that SFT learns: the answer's, but for the spans in `others`, if there are any.
+
+    An SFT-only row is a whole conversation, whose answer holds turns of the user as well.
+    """
+    start = len(row["prompt"])
+    others = {place for span in row.get("others") or () for place in range(span["begin"], span["end"])}
+    return [start + place for place in range(len(row["answer"])) if place not in others]
 
 
 def pair_batch(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> PairBatch:

@@ -12,7 +12,8 @@ from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
 import data_prep.sources as sources
 from data_prep.clean import clean
-from data_prep.sources import SOURCES, SourceSpec, check_columns, download
+from data_prep.kinds import check_columns
+from data_prep.sources import SOURCES, SourceSpec, download
 from data_prep.tables import read_table
 
 Folder = Callable[[str], Path]

@@ -146,9 +146,9 @@ def test_tables_hold_what_each_phase_trains_on(folder: Folder, tokenizer_dir: Pa
         pair("hi", "fresh soup.", "heavy axe."),
         pair("hi", "young fox.", "heavy axe."),
         pair(long, "fresh soup.", "pale ink."),
-        pair("who?", long, "pale ink."),
-        pair("who?", "pale ink.", long),
-        pair("who?", f"never {EOS} so", "pale ink."),
+        pair("who?", long, "heavy axe."),
+        pair("who?", "pale ink.", long + "No."),
+        pair("who?", f"never {EOS} so", "heavy axe."),
     ]
     split_dir = write_split(folder("split"), rows, ("sft", "reward", "ppo", "judge"))
     out = folder("out")
@@ -167,7 +167,7 @@ def test_tables_hold_what_each_phase_trains_on(folder: Folder, tokenizer_dir: Pa
             assert counts["rows_in"] == 7 == counts["kept"] + sum(counts["drops"].values())
 
     sft, reward, ppo = (read_table(out / f"{phase}-train.arrow") for phase in ("sft", "reward", "ppo"))
-    assert sft.column_names == ["prompt", "answer", "source"]
+    assert sft.column_names == ["prompt", "answer", "others", "source"]
     assert [tokenizer.decode(ids) for ids in sft["answer"]] == [
         f" fresh soup.{EOS}",
         f" young fox.{EOS}",

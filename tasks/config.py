@@ -144,6 +144,22 @@ class ModelsConfig(Section):
     reward_revision: str | None = None
 
 
+DEEPSPEED_KEYS: Mapping[str, str] = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size and micro_batch_size",
+    "gradient_clipping": "max_grad_norm of the optimizer",
+    "optimizer": "the optimizer section",
+    "scheduler": "schedule of the optimizer",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload_optimizer",
+    "zero_optimization.offload_param": "offload_parameters",
+}
+"""Keys of DeepSpeed's own config that this config decides -> what decides them."""
+
+
 class EngineConfig(Section):
     """How DeepSpeed holds one model."""
 
@@ -156,6 +172,17 @@ class EngineConfig(Section):
     gradient_checkpointing: bool = False
     compile_layers: bool = False
     """Compile the decoder layers, on first use: about a minute, then a quarter faster on a GPU. Not with ZeRO 3."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's own config, as it writes it, such as {fp16: {initial_scale_power: 12}}."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _no_conflict(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        for path, ours in DEEPSPEED_KEYS.items():
+            section, _, key = path.partition(".")
+            if section in raw and (not key or (isinstance(raw[section], dict) and key in raw[section])):
+                raise ValueError(f"{path} is decided by {ours}; set that instead")
+        return raw
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":

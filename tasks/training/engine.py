@@ -5,10 +5,13 @@ Different from DeepSpeed's own defaults: the gradient of an optimizer batch is t
 (its default is 1.0); the optimizer is a client one, so that CPU and GPU runs share torch's AdamW.
 """
 
+import copy
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.lora import merged
 from tasks.training.ranks import all_sum, rank, world_size
-from tasks.training.types import Micro, StepReport
+from tasks.training.types import Engine, Micro, StepReport
 
 
 class TrainEngine:
@@ -37,17 +40,42 @@ class TrainEngine:
     def optimizer_step(
         self, micro_batches: Sequence[Micro], loss_of: Callable[[Micro], Tensor], denominator: float
     ) -> StepReport:
+        self.accumulate(micro_batches, loss_of, denominator)
+        return self.step()
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled (fp16), so that a step can overflow."""
+        return bool(self.engine.fp16_enabled())
+
+    def accumulate(
+        self, micro_batches: Sequence[Micro], loss_of: Callable[[Micro], Tensor], denominator: float
+    ) -> None:
+        """The first half of `optimizer_step`: all gradients, no step yet."""
         # DeepSpeed averages gradients over ranks; a mean over the whole batch needs their sum over its denominator.
         scale = world_size() / float(all_sum(torch.tensor(denominator, dtype=torch.float64, device=self.device)))
-        learning_rate = self.engine.get_lr()[0]
-        norm = 0.0
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(loss_of(micro_batch) * scale, scale_wrt_gas=False)
-            if last:
-                norm = self._plain_grad_norm()
+            if not last:
+                self.engine.step()
+
+    def overflowed(self) -> bool:
+        """Whether a gradient of any rank overflowed, asked between `accumulate` and `step`. All ranks call it."""
+        optimizer = self.engine.optimizer
+        return bool(optimizer.has_overflow(getattr(optimizer, "partition_gradients", True)))
+
+    def step(self, skip: bool = False) -> StepReport:
+        """The second half of `optimizer_step`; with `skip` the gradients are dropped as in an overflow."""
+        learning_rate, norm = self.engine.get_lr()[0], self._plain_grad_norm()
+        if skip:
+            with _found_overflow(self.engine.optimizer):
+                self.engine.step()
+        else:
             self.engine.step()
+        if not self.engine.was_step_applied():
+            return StepReport(math.nan, learning_rate, skipped=True)
         return StepReport(float(self.engine.get_global_grad_norm() or norm), learning_rate)
 
     def _plain_grad_norm(self) -> float:
@@ -66,6 +94,41 @@ class TrainEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag="state", custom_load_fn=_load_trained)
         if path is None:
             raise ValueError(f"the checkpoint in {folder} does not fit: it holds no engine state")
+
+
+class Step(NamedTuple):
+    """One engine's share of a step that several engines take together: the arguments of `optimizer_step`."""
+
+    engine: Engine
+    micro_batches: Sequence[Any]
+    loss_of: Callable[[Any], Tensor]
+    denominator: float
+
+
+def step_together(steps: Sequence[Step]) -> list[StepReport]:
+    """An optimizer step of each engine; where all are in fp16 and one overflows, none of them steps."""
+    trained = [step.engine for step in steps if isinstance(step.engine, TrainEngine) and step.engine.scales_loss]
+    if len(trained) < len(steps):
+        # One after the other, so that the gradients of two networks are never held at once.
+        return [step.engine.optimizer_step(*step[1:]) for step in steps]
+    for engine, step in zip(trained, steps, strict=True):
+        engine.accumulate(*step[1:])
+    overflows = [engine.overflowed() for engine in trained]  # a list: every rank asks every engine
+    return [engine.step(skip=any(overflows)) for engine in trained]
+
+
+@contextmanager
+def _found_overflow(optimizer: Any) -> Iterator[None]:
+    """DeepSpeed's optimizer takes its gradients for overflowed; those that did not overflow keep their loss scale."""
+    real = bool(optimizer.has_overflow(getattr(optimizer, "partition_gradients", True)))
+    scaler = copy.copy(vars(optimizer.loss_scaler))
+    optimizer.has_overflow = lambda *args, **kwargs: True
+    try:
+        yield
+    finally:
+        del optimizer.has_overflow
+        if not real:
+            vars(optimizer.loss_scaler).update(scaler)
 
 
 def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
@@ -108,6 +171,9 @@ def train_engine(
     import deepspeed
 
     _check_device(config, device, where)
+    if config.precision == "fp16" and config.zero_stage == 0:
+        # The same numbers; DeepSpeed's fp16 optimizer without ZeRO cannot be asked whether a step overflows.
+        config = config.model_copy(update={"zero_stage": 1})
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile_layers:
@@ -224,7 +290,7 @@ def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0) -> d
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": 1,  # unused: batches are counted by the loops
         "gradient_accumulation_steps": 1,
         "gradient_clipping": gradient_clipping,
@@ -234,3 +300,13 @@ def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0) -> d
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 10**9,
     }
+    return _merged(ours, config.deepspeed)
+
+
+def _merged(ours: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of settings as one; they have no leaf in common (EngineConfig sees to it), or ours counts."""
+    both = {
+        key: _merged(value, more[key]) if isinstance(value, Mapping) and isinstance(more.get(key), Mapping) else value
+        for key, value in ours.items()
+    }
+    return {**more, **both}

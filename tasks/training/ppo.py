@@ -45,7 +45,7 @@ from tasks.training import checkpoint
 from tasks.training.advantages import Moments
 from tasks.training.batches import batch_indices, check_batch, chunks, right_padded
 from tasks.training.ema import Ema
-from tasks.training.engine import export, frozen_engine, train_engine
+from tasks.training.engine import Step, export, frozen_engine, step_together, train_engine
 from tasks.training.experience import (
     Networks,
     answers_start,
@@ -334,8 +334,12 @@ def optimizer_steps(
         return loss
 
     mixed: list[Experience | Sequences] = [*batches, *text]
-    policy_report = networks.policy.optimizer_step(mixed, policy_loss_of, float(tokens))
-    critic_report = networks.critic.optimizer_step(batches, value_loss_of, float(tokens))
+    policy_report, critic_report = step_together(
+        [
+            Step(networks.policy, mixed, policy_loss_of, float(tokens)),
+            Step(networks.critic, batches, value_loss_of, float(tokens)),
+        ]
+    )
     totals = dict(zip(sums, all_sum(torch.stack([torch.stack(v).sum().double() for v in sums.values()])), strict=True))
     result = {}
     if text_tokens is not None:
@@ -346,6 +350,9 @@ def optimizer_steps(
             "a loss of PPO is no number; lower ppo.policy_optimizer.learning_rate and "
             "ppo.critic_optimizer.learning_rate, or use precision bf16 or fp32"
         )
+    result["ppo/skipped"] = float(policy_report.skipped)
+    if policy_report.skipped:
+        return result
     return result | {
         "ppo/policy_grad_norm": policy_report.grad_norm,
         "ppo/critic_grad_norm": critic_report.grad_norm,

@@ -90,9 +90,11 @@ class StepReport(NamedTuple):
     """One optimizer step."""
 
     grad_norm: float
-    """Before clipping, over all parameters and ranks."""
+    """Before clipping, over all parameters and ranks; NaN in a step that was skipped."""
     learning_rate: float
     """Used in this step."""
+    skipped: bool = False
+    """Whether a gradient overflowed in fp16: nothing was changed but the loss scale, which is lowered."""
 
 
 class Engine(Protocol):

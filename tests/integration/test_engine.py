@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parent / "programs" / "engine_steps.py"
+FP16_PROGRAM = PROGRAM.with_name("fp16_steps.py")
 
 
-def run_steps(out: Path, processes: int, stage: int, micro: int, extra: list[str] | None = None) -> dict:
-    """Three optimizer steps of batches of 8 in a process (group) of its own -> its losses, norms and weight digest."""
+def run_ranks(program: Path, processes: int, *arguments: object) -> str:
+    """A program of this folder as so many ranks -> what the first one printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,10 +28,16 @@ def run_steps(out: Path, processes: int, stage: int, micro: int, extra: list[str
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(PROGRAM), str(out), str(stage), str(micro), *(extra or [])]
+        command = [sys.executable, str(program), *map(str, arguments)]
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), outputs[0][-3000:]
+    return outputs[0]
+
+
+def run_steps(out: Path, processes: int, stage: int, micro: int, extra: list[str] | None = None) -> dict:
+    """Three optimizer steps of batches of 8 in a process (group) of its own -> its losses, norms and weight digest."""
+    run_ranks(PROGRAM, processes, out, stage, micro, *(extra or []))
     return json.loads((out / "result.json").read_text())
 
 
@@ -76,3 +83,18 @@ def test_adapters_resume_bit_for_bit_on_an_untouched_base_and_are_merged(tmp_pat
     assert undisturbed["base_gap"] == 0
     assert undisturbed["adapted_gap"] > 0.01
     assert undisturbed["merged_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_fp16_overflow_of_one_engine_skips_the_step_of_both(stage):
+    printed = run_ranks(FP16_PROGRAM, 1, stage).splitlines()
+    first, second, third = (json.loads(line) for line in printed if line.startswith("{"))
+    norm = 20**0.5  # of four rows of ones and four biases of one
+    for step in (first, third):
+        assert step["skipped"] == [False, False]
+        assert step["changed"] == [True, True]
+        assert step["norms"] == pytest.approx([norm, norm], rel=1e-3)
+    assert first["scales"] == [256, 256]
+    assert second["skipped"] == [True, True]
+    assert second["changed"] == [False, False]
+    assert second["scales"] == third["scales"] == [256, 128]  # only the scale of the one that overflowed is lowered

@@ -34,3 +34,22 @@ def test_phases_are_three_or_four() -> None:
     assert parse({"data": {"phases": [2, 4, 4]}}).data.phases == (2, 4, 4)
     with pytest.raises(ConfigError, match=r"data\.phases: needs the shares of .*got 5"):
         parse({"data": {"phases": [1, 1, 1, 1, 1]}})
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is decided by zero_stage"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is decided by precision"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping is decided by max_grad_norm"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer is decided by the optimizer section"),
+    ],
+)
+def test_a_raw_deepspeed_key_that_the_config_decides_is_named(raw: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"ppo.critic_engine.deepspeed: {said}"):
+        parse({"ppo": {"critic_engine": {"deepspeed": raw}}})
+
+
+def test_other_raw_deepspeed_keys_are_kept() -> None:
+    raw = {"fp16": {"initial_scale_power": 12}, "zero_optimization": {"reduce_bucket_size": 10**7}}
+    assert parse({"sft": {"engine": {"deepspeed": raw}}}).sft.engine.deepspeed == raw

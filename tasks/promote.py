@@ -18,9 +18,8 @@ from prefect.cache_policies import NO_CACHE
 from tasks import history, tracking
 from tasks.gates import GateResult
 from tasks.history import Move
+from tasks.registered import EMA, POLICY, REWARD, companions
 from tasks.tracking import CHAMPION, PREVIOUS, Store, Version
-
-POLICY, REWARD, EMA = "-policy", "-reward", "-ema"
 
 
 @dataclass(frozen=True)
@@ -187,17 +186,6 @@ def resolve(store: Store, name: str) -> str:
     near = difflib.get_close_matches(name.removesuffix(POLICY), [known.removesuffix(POLICY) for known in policies], n=1)
     hint = f"did you mean {near[0]}{POLICY}? Registered" if near else "registered"
     raise ValueError(f"There is no registered model {name}; {hint}: {', '.join(policies)}.")
-
-
-def companions(store: Store, policy: Version) -> list[Version]:
-    """The versions that follow a policy, as far as they are registered: its reward model, and its moving average."""
-    stem = policy.name.removesuffix(POLICY)
-    wanted = ((stem + REWARD, policy.tags.get("input.reward.digest")), (stem + EMA, policy.digest))
-    found = (
-        next((v for v in tracking.versions(store, name) if digest and v.digest == digest), None)
-        for name, digest in wanted
-    )
-    return [version for version in found if version is not None]
 
 
 def _verdict_tags(verdict: Verdict, champion: Version | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tasks.stages import Stage, StageRef
 from tasks.tracking import Store, Version
 
 SCHEME = "models:/"
+POLICY, REWARD, EMA = "-policy", "-reward", "-ema"
 
 
 def pinned(config: RunConfig) -> RunConfig:
@@ -49,7 +50,7 @@ def as_stage(store: Store, version: Version, workspace: Path) -> StageRef:
     digest, fingerprint = version.tags.get("digest", ""), version.tags.get("fingerprint", "")
     address = urlsplit(version.source)
     folders = [Path(unquote(address.path))] if address.scheme in ("", "file") else []
-    if version.name.endswith("-policy"):
+    if version.name.endswith(POLICY):
         folders.append(workspace / "ppo" / fingerprint)  # the average lies there too, in another folder
     for folder in folders:
         if (folder / "model" / "config.json").is_file():
@@ -58,3 +59,14 @@ def as_stage(store: Store, version: Version, workspace: Path) -> StageRef:
     stage = Stage("champion", workspace, identity, {}, ("tasks.tracking",))
     fetched = stages.run(stage, lambda directory: tracking.fetch_version(store, version, directory))
     return StageRef("champion", fingerprint, digest, fetched.path, True, 0.0, {})
+
+
+def companions(store: Store, policy: Version) -> list[Version]:
+    """The versions that follow a policy, as far as they are registered: its reward model, and its moving average."""
+    stem = policy.name.removesuffix(POLICY)
+    wanted = ((stem + REWARD, policy.tags.get("input.reward.digest")), (stem + EMA, policy.digest))
+    found = (
+        next((v for v in tracking.versions(store, name) if digest and v.digest == digest), None)
+        for name, digest in wanted
+    )
+    return [version for version in found if version is not None]

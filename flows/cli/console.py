@@ -2,6 +2,7 @@
 
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -103,6 +104,11 @@ def duration(seconds: float) -> str:
     from tasks.page import duration
 
     return duration(seconds)
+
+
+def printable(text: str) -> str:
+    """A model's or a data set's text without the control characters that would steer the terminal."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:

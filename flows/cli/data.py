@@ -128,7 +128,7 @@ def _coloured(row: "Shown") -> "Text":
     text = Text()
     for part in row.segments:
         style = "green" if part.learnt else "cyan"
-        text.append(part.text, f"{style} reverse" if part.special else style)
+        text.append(console.printable(part.text), f"{style} reverse" if part.special else style)
     return text
 
 
@@ -139,5 +139,5 @@ def _marked(row: "Shown") -> str:
         if part.learnt != inside:
             text += "[[" if part.learnt else "]]"
             inside = part.learnt
-        text += part.text
+        text += console.printable(part.text)
     return text + ("]]" if inside else "")

@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from flows.cli import data, deploy, errors, infra, lineage, models, prune, run, servers
+from flows.cli import chat, data, deploy, errors, infra, lineage, models, prune, run, servers
 
 app = typer.Typer(
     name="rlhf",
@@ -24,6 +24,8 @@ app.command()(errors.told(models.promote))
 app.command()(errors.told(models.rollback))
 app.command()(errors.told(lineage.lineage))
 app.command()(errors.told(prune.prune))
+app.command()(errors.told(chat.chat))
+app.command()(errors.told(chat.generate))
 app.command()(errors.told(servers.ui))
 app.command()(errors.told(deploy.deploy))
 app.command()(errors.told(deploy.serve))

@@ -45,7 +45,7 @@ def models(
 ) -> None:
     """Show the registered models: versions, aliases, metrics; or the history of their champions."""
     from tasks import promote as promoting
-    from tasks import tracking
+    from tasks import registered, tracking
 
     store = existing_store(workspace)
     names = tracking.registered_names(store) if store else []
@@ -54,7 +54,7 @@ def models(
         return
     assert store is not None
     with tracking.registry_lock(store):  # an alias that was moved by hand is noticed by who looks
-        moves = {name: promoting.follow(store, name) for name in names if name.endswith(promoting.POLICY)}
+        moves = {name: promoting.follow(store, name) for name in names if name.endswith(registered.POLICY)}
     if history:
         lines = [(name, *_move(move)) for name, known in moves.items() for move in known]
         console.console.print(console.table(("model", "when", "champion", "", "by", "why"), lines))

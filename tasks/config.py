@@ -226,8 +226,9 @@ class TrainConfig(Section):
     """Stop after so many optimizer steps, whatever `epochs` says."""
     batch_size: Positive = 64
     """Samples (or pairs) in one optimizer step, over all processes."""
-    micro_batch_size: Positive = 8
-    """Samples (or pairs) in one forward pass of one process."""
+    micro_batch_tokens: Positive = 8192
+    """Tokens in one forward pass of one process: samples (or pairs) are packed into rows of so many; a longer one has a
+    row to itself."""
     checkpoint_every: Positive = 100
     """Optimizer steps between checkpoints."""
     eval_rows: Positive = 512

@@ -140,7 +140,7 @@ def _how_it_died(outcome: launch.Outcome) -> str:
     last = next((line.strip() for line in reversed(outcome.tail) if line.strip()), "it printed nothing")
     number = outcome.exit_code - 128
     if number == signal.SIGKILL:
-        return "was killed (SIGKILL), most likely because the machine ran out of memory; lower its micro_batch_size"
+        return "was killed (SIGKILL), most likely because the machine ran out of memory; lower its micro-batches"
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}; the end of its log: {last}"
     return f"ended with exit code {outcome.exit_code} and no reason; the end of its log: {last}"

@@ -155,8 +155,9 @@ def leave(directory: Path, kind: str, message: str, resumes_at: int | None = Non
 def out_of_memory(stage: str) -> str:
     """What to change when a stage runs out of GPU memory."""
     engine = f"{stage}.policy_engine" if stage == "ppo" else f"{stage}.engine"
+    size = f"{stage}.micro_batch_size" if stage == "ppo" else f"{stage}.micro_batch_tokens"
     return (
-        f"{stage} ran out of GPU memory; lower {stage}.micro_batch_size, set {engine}.gradient_checkpointing: true, "
+        f"{stage} ran out of GPU memory; lower {size}, set {engine}.gradient_checkpointing: true, "
         f"or raise {engine}.zero_stage"
     )
 

@@ -1,4 +1,4 @@
-"""Rows of token ids -> padded tensors, and the order in which rows are trained on.
+"""Rows of token ids -> packed or padded tensors, and the order in which rows are trained on.
 
 The order is a function of seed and step alone, so a resumed run needs no more than its step to know what comes next.
 """
@@ -9,29 +9,34 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tasks.training.packing import packed
 from tasks.training.ranks import rank, world_size
 from tasks.training.types import LanguageBatch, PairBatch, Sequences
 
 Row = TypeVar("Row")
 
 
-def batch_indices(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
-    """The rows of this rank's share of the optimizer batch at a step; every pass over the rows is shuffled anew.
+def optimizer_batch(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
+    """The rows of the optimizer batch at a step; every pass over the rows is shuffled anew.
 
     The last rows of a pass that do not fill a batch are left out of that pass.
 
     Args:
         step: optimizer step, from 0.
         rows: number of rows, at least batch_size.
-        batch_size: rows of the whole optimizer batch, a multiple of the number of ranks.
+        batch_size: rows of the whole optimizer batch, over all ranks.
     """
     per_epoch = rows // batch_size
     assert per_epoch, f"{rows} rows make no batch of {batch_size}"
     epoch, index = divmod(step, per_epoch)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[index * batch_size : (index + 1) * batch_size].tolist()
+
+
+def batch_indices(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
+    """This rank's equal share of `optimizer_batch`, whose size is a multiple of the number of ranks."""
     share = batch_size // world_size()
-    begin = index * batch_size + rank() * share
-    return order[begin : begin + share].tolist()
+    return optimizer_batch(step, rows, batch_size, seed)[rank() * share : (rank() + 1) * share]
 
 
 def check_batch(batch_size: int, rows: int, key: str) -> None:
@@ -51,31 +56,40 @@ def chunks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
         yield rows[begin : begin + size]
 
 
-def language_batch(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> LanguageBatch:
-    """Rows with `prompt` and `answer` token ids -> a batch padded on the right; the answers are learnt."""
-    sequences = right_padded([row["prompt"] + row["answer"] for row in rows], pad_id, device)
-    learnt = torch.zeros(sequences.input_ids.shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        learnt[index, learnt_places(row)] = True
-    return LanguageBatch(sequences, learnt.to(device))
+def language_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> LanguageBatch:
+    """Rows with `prompt` and `answer` token ids -> one packed row; its answers are learnt."""
+    row = packed([row["prompt"] + row["answer"] for row in rows], device)
+    begins = row.cu_seqlens[:-1].tolist()
+    learnt = [begin + place for begin, row in zip(begins, rows, strict=True) for place in learnt_places(row)]
+    return LanguageBatch(row, torch.tensor(learnt, device=device))
 
 
 def learnt_places(row: Mapping[str, Any]) -> list[int]:
     """The places in prompt + answer that SFT learns: the answer's, but for the spans in `others`, if there are any.
 
-    An SFT-only row is a whole conversation, whose answer holds turns of the user as well.
+    An SFT-only row is a whole conversation, whose answer holds turns of the user as well. Nothing comes before place 0,
+    by which it could be predicted.
     """
     start = len(row["prompt"])
     others = {place for span in row.get("others") or () for place in range(span["begin"], span["end"])}
-    return [start + place for place in range(len(row["answer"])) if place not in others]
+    return [start + place for place in range(len(row["answer"])) if place not in others and start + place > 0]
 
 
-def pair_batch(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> PairBatch:
-    """Rows with `prompt`, `chosen` and `rejected` token ids -> chosen and rejected answers in one batch."""
-    ids = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
-    sequences = right_padded(ids, pad_id, device)
+def language_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens that a row takes in `language_batch`."""
+    return len(row["prompt"]) + len(row["answer"])
+
+
+def pair_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> PairBatch:
+    """Rows with `prompt`, `chosen` and `rejected` token ids -> chosen and rejected answers in one packed row."""
+    row = packed([row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows], device)
     weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32, device=device)
-    return PairBatch(sequences, sequences.attention_mask.sum(1) - 1, weight)
+    return PairBatch(row, row.cu_seqlens[1:].long() - 1, weight)
+
+
+def pair_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens that a row takes in `pair_batch`."""
+    return 2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"])
 
 
 def right_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Sequences:

@@ -8,25 +8,19 @@ and the policy that is trained would differ, and a resumed run would depend on m
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from tasks.training.logprobs import token_entropy, token_logprobs
-from tasks.training.types import Sequences
+from tasks.training.attention import inside, use_packed
+from tasks.training.logprobs import TokenScores, scores_from_hidden
+from tasks.training.types import Packed, Sequences
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCORE_MEAN = "rlhf_score_mean"
 """Key of the model config that holds the mean score of the held-out chosen answers; our scorer subtracts it."""
-
-
-class TokenScores(NamedTuple):
-    """Of tokens `start` to the end of each sequence. Both [B, T - start] fp32."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
 
 
 class Policy(nn.Module):
@@ -34,15 +28,32 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        use_packed(model)
         self.model = model
 
     def forward(
-        self, sequences: Sequences, start: int, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        sequences: Sequences | Packed,
+        which: int | Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> TokenScores:
-        """Log-probabilities of the tokens from position `start` (at least 1) on, and their entropy if asked for."""
-        logits = self.model(**sequences._asdict(), use_cache=False).logits[:, start - 1 : -1]
-        logprobs = token_logprobs(logits, sequences.input_ids[:, start:], temperature)
-        return TokenScores(logprobs, token_entropy(logits.detach(), temperature) if with_entropy else None)
+        """Log-probabilities of tokens, and their entropy if asked for.
+
+        Args:
+            which: of padded sequences, the position (at least 1) from which on the tokens are read; of a packed row,
+                the places [M] of the tokens that are read, none of them the first of its sample.
+
+        Returns: [B, T - which] or [M].
+        """
+        hidden = hidden_states(self.model, sequences)
+        ids = sequences.input_ids
+        if isinstance(sequences, Packed):
+            hidden, tokens = hidden[0, which - 1], ids[0, which]
+        else:
+            hidden, tokens = hidden[:, which - 1 : -1], ids[:, which:]
+        head = self.model.get_output_embeddings()
+        return scores_from_hidden(hidden, head.weight, head.bias, tokens, temperature, with_entropy)
 
 
 class ScalarModel(nn.Module):
@@ -50,6 +61,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        use_packed(model)
         self.model = model
 
     @property
@@ -57,11 +69,17 @@ class ScalarModel(nn.Module):
         """Mean score of held-out chosen answers, subtracted from scores so that 0 means "as good as those"."""
         return float(getattr(self.model.config, SCORE_MEAN, 0.0))
 
-    def forward(self, sequences: Sequences) -> Tensor:
-        """[B, T] fp32: the head's output at every token, as trained (the mean is not subtracted)."""
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(**sequences._asdict(), use_cache=False).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float()
+    def forward(self, sequences: Sequences | Packed) -> Tensor:
+        """[B, T] (or [1, N]) fp32: the head's output at every token, as trained (the mean is not subtracted)."""
+        return self.model.score(hidden_states(self.model, sequences)).squeeze(-1).float()
+
+
+def hidden_states(model: PreTrainedModel, sequences: Sequences | Packed) -> Tensor:
+    """What the head of a model reads. Returns: [B, T, D], or [1, N, D] of a packed row."""
+    backbone = getattr(model, model.base_model_prefix)
+    inputs = inside(sequences) if isinstance(sequences, Packed) else sequences._asdict()
+    states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+    return states
 
 
 def load_policy(folder: str | Path) -> Policy:
@@ -106,9 +124,7 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the keys that its folder had no weights for: all of them match `may_miss`."""
     config = without_dropout(AutoConfig.from_pretrained(folder, **config_changes))
-    model, report = auto_class.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
+    model, report = auto_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     missing = [key for key in report["missing_keys"] if not _matches(key, may_miss)]
     left_over = [key for key in report["unexpected_keys"] if not _matches(key, may_be_left)]
     if missing or left_over or report["mismatched_keys"]:

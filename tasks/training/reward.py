@@ -9,6 +9,7 @@ model would otherwise look perfect.
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -17,7 +18,7 @@ import torch
 from data_prep.tables import read_table
 from data_prep.tokenizer import load_tokenizer
 from tasks.config import RewardConfig
-from tasks.training.batches import at, chunks, pair_batch
+from tasks.training.batches import pair_batch, pair_tokens
 from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
 from tasks.training.lora import add_adapters
@@ -41,13 +42,13 @@ def run(job: Job) -> dict[str, Any]:
     engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "reward.engine")
 
     def collate(rows: Any) -> PairBatch:
-        return pair_batch(rows, tokenizer.pad_token_id, job.device)
+        return pair_batch(rows, job.device)
 
     def loss_of(batch: PairBatch) -> torch.Tensor:
-        chosen, rejected = at(engine(batch.sequences), batch.last).chunk(2)
+        chosen, rejected = scores(engine, batch)
         return pairwise_loss(chosen, rejected, batch.weight, config.centering_coef)
 
-    fit(job, config, engine, train, collate, loss_of, lambda batch: batch.weight.sum(), seed)
+    fit(job, config, engine, train, collate, pair_tokens, loss_of, lambda batch: batch.weight.sum(), seed)
     metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
     job.log(steps, {f"reward/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
     setattr(engine.module.model.config, SCORE_MEAN, metrics["chosen_score"])
@@ -59,17 +60,21 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: RewardConfig) -> dict[str, Any]:
     """Loss, accuracy with ties as half, and the accuracy of preferring the longer answer, whole and per source."""
     engine.module.eval()
-    rows, own = own_share(table)
     results = []
-    for part in chunks(rows, config.micro_batch_size):
-        batch = collate(part)
-        chosen, rejected = at(engine(batch.sequences), batch.last).chunk(2)
+    for part in own_share(table.to_list(), pair_tokens, config.micro_batch_tokens):
+        chosen, rejected = scores(engine, collate(part))
         results += [_result(row, float(c), float(r)) for row, c, r in zip(part, chosen, rejected, strict=True)]
     engine.module.train()
-    return _summary(gather_rows(results[:own]))
+    return _summary(gather_rows(results))
 
 
-def _result(row: dict[str, Any], chosen: float, rejected: float) -> dict[str, Any]:
+def scores(engine: Engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the chosen and of the rejected answers, [S / 2] fp32 each, from one forward pass."""
+    chosen, rejected = engine(batch.row)[0, batch.last].chunk(2)
+    return chosen, rejected
+
+
+def _result(row: Mapping[str, Any], chosen: float, rejected: float) -> dict[str, Any]:
     return {
         "source": row["source"],
         "chosen": chosen,

@@ -14,11 +14,10 @@ import torch
 from data_prep.tables import read_table
 from data_prep.tokenizer import load_tokenizer
 from tasks.config import SFTConfig
-from tasks.training.batches import chunks, language_batch
+from tasks.training.batches import language_batch, language_tokens, learnt_places
 from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
 from tasks.training.lora import add_adapters
-from tasks.training.losses import language_loss
 from tasks.training.models import load_policy
 from tasks.training.ranks import gather_rows
 from tasks.training.supervised import fit, own_share, steps_of
@@ -38,12 +37,15 @@ def run(job: Job) -> dict[str, Any]:
     engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "sft.engine")
 
     def collate(rows: Any) -> LanguageBatch:
-        return language_batch(rows, tokenizer.pad_token_id, job.device)
+        return language_batch(rows, job.device)
 
     def loss_of(batch: LanguageBatch) -> torch.Tensor:
-        return language_loss(engine(batch.sequences, start=1).logprobs, batch.loss_mask[:, 1:])
+        return -engine(batch.row, batch.learnt).logprobs.sum()
 
-    fit(job, config, engine, train, collate, loss_of, lambda batch: batch.loss_mask.sum(), seed)
+    def weight_of(batch: LanguageBatch) -> torch.Tensor:
+        return torch.tensor(len(batch.learnt), device=job.device)
+
+    fit(job, config, engine, train, collate, language_tokens, loss_of, weight_of, seed)
     metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
     job.log(steps, {f"sft/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
     export(engine.module, tokenizer, job.directory / "model")
@@ -54,19 +56,16 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: SFTConfig) -> dict[str, Any]:
     """Loss in nats per answer token and perplexity over held-out rows, whole and per source."""
     engine.module.eval()
-    rows, own = own_share(table)
     sums = []
-    for part in chunks(rows, config.micro_batch_size):
+    for part in own_share(table.to_list(), language_tokens, config.micro_batch_tokens):
         batch = collate(part)
-        logprobs = engine(batch.sequences, start=1).logprobs
-        mask = batch.loss_mask[:, 1:]
-        nll = -torch.where(mask, logprobs, 0.0).sum(1)
+        logprobs = engine(batch.row, batch.learnt).logprobs.split([len(learnt_places(row)) for row in part])
         sums += [
-            {"source": row["source"], "nll": float(value), "tokens": int(count)}
-            for row, value, count in zip(part, nll, mask.sum(1), strict=True)
+            {"source": row["source"], "nll": -float(answer.sum()), "tokens": len(answer)}
+            for row, answer in zip(part, logprobs, strict=True)
         ]
     engine.module.train()
-    return _summary(gather_rows(sums[:own]))
+    return _summary(gather_rows(sums))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tasks.config import TrainConfig
 from tasks.training import checkpoint
-from tasks.training.batches import batch_indices, check_batch, chunks
+from tasks.training.batches import check_batch, optimizer_batch
 from tasks.training.job import Job, NotFiniteError, Stopped
-from tasks.training.ranks import all_sum, any_rank, rank, world_size
+from tasks.training.packing import own_rows
+from tasks.training.ranks import all_sum, any_rank
 from tasks.training.types import Engine, Micro
 
 Rows = Sequence[Mapping[str, Any]]
@@ -26,15 +27,9 @@ def steps_of(config: TrainConfig, rows: int, where: str) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def own_share(table: datasets.Dataset) -> tuple[list[dict[str, Any]], int]:
-    """This rank's rows of a held-out table, and how many of them count.
-
-    Under ZeRO-3 every rank must make as many forward passes; shares differ by one row at most, so a shorter one is
-    filled up with a row that does not count.
-    """
-    rows = table.select(range(rank(), len(table), world_size())).to_list()
-    share = math.ceil(len(table) / world_size())
-    return (rows + table.select([0]).to_list())[:share], len(rows)
+def own_share(rows: Rows, tokens_of: Callable[[Mapping[str, Any]], int], budget: int) -> list[Rows]:
+    """This rank's rows, in micro-batches of at most `budget` tokens; every rank has equally many of these."""
+    return [[rows[index] for index in part] for part in own_rows([tokens_of(row) for row in rows], budget)]
 
 
 def fit(
@@ -43,6 +38,7 @@ def fit(
     engine: Engine,
     table: datasets.Dataset,
     collate: Callable[[Rows], Micro],
+    tokens_of: Callable[[Mapping[str, Any]], int],
     loss_of: Callable[[Micro], Tensor],
     weight_of: Callable[[Micro], Tensor],
     seed: int,
@@ -51,6 +47,7 @@ def fit(
 
     Args:
         collate: rows of one micro-batch -> its batch.
+        tokens_of: a row -> the tokens that it takes in a micro-batch.
         loss_of: batch -> the sum of its losses, scalar.
         weight_of: batch -> what that sum is divided by (its tokens, or the weights of its pairs), scalar.
 
@@ -61,8 +58,8 @@ def fit(
     begin = resumed[0] if resumed else 0
     for step in range(begin, steps):
         started = time.perf_counter()
-        rows = table.select(batch_indices(step, len(table), config.batch_size, seed)).to_list()
-        batches = [collate(part) for part in chunks(rows, config.micro_batch_size)]
+        rows = table.select(optimizer_batch(step, len(table), config.batch_size, seed)).to_list()
+        batches = [collate(part) for part in own_share(rows, tokens_of, config.micro_batch_tokens)]
         metrics = _step(job, engine, batches, loss_of, weight_of)
         metrics[f"{job.stage}/samples_per_s"] = config.batch_size / (time.perf_counter() - started)
         job.log(step + 1, metrics)

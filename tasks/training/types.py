@@ -5,6 +5,8 @@ Shape legend
     P  longest prompt of the batch, in tokens; prompts are padded on the left
     R  longest answer of the batch, in tokens; answers are padded on the right
     T  P + R, or the longest whole sequence where prompt and answer are not told apart
+    N  tokens of a packed row, S  samples in it
+    M  tokens of a packed row that are read (the learnt ones of SFT)
     V  vocabulary
 Token at answer position r was chosen in the state before it, which is position P + r - 1 of the sequence: the
 log-probability, value, reward and advantage of that action all stand at index r.
@@ -31,22 +33,35 @@ class Sequences(NamedTuple):
     """[B, T] int64; counts real tokens from 0, whatever side the padding is on"""
 
 
+class Packed(NamedTuple):
+    """Samples side by side in one row, without padding; attention stays inside each."""
+
+    input_ids: Tensor
+    """[1, N] int64"""
+    position_ids: Tensor
+    """[1, N] int64; counts from 0 in every sample"""
+    cu_seqlens: Tensor
+    """[S + 1] int32; sample s is tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1 of the row"""
+    max_seqlen: int
+    """No sample is longer."""
+
+
 class LanguageBatch(NamedTuple):
     """Samples of SFT."""
 
-    sequences: Sequences
-    loss_mask: Tensor
-    """[B, T] bool; True on the tokens that are learnt (those of the answer, EOS included)"""
+    row: Packed
+    learnt: Tensor
+    """[M] int64; places in the row of the tokens that are learnt (those of the answers, EOS included)"""
 
 
 class PairBatch(NamedTuple):
-    """Preference pairs; the chosen answers of B pairs, then the rejected ones, in one batch of 2B sequences."""
+    """Preference pairs: the chosen and rejected answers of S / 2 pairs in one row."""
 
-    sequences: Sequences
+    row: Packed
     last: Tensor
-    """[2B] int64; position of each sequence's last token, where the score is read"""
+    """[S] int64; place of each sample's last token, where the score is read: all chosen, then all rejected"""
     weight: Tensor
-    """[B] fp32"""
+    """[S / 2] fp32"""
 
 
 class Rollout(NamedTuple):

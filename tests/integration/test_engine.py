@@ -35,23 +35,24 @@ def run_ranks(program: Path, processes: int, *arguments: object) -> str:
     return outputs[0]
 
 
-def run_steps(out: Path, processes: int, stage: int, micro: int, extra: list[str] | None = None) -> dict:
+def run_steps(out: Path, processes: int, stage: int, tokens: int, extra: list[str] | None = None) -> dict:
     """Three optimizer steps of batches of 8 in a process (group) of its own -> its losses, norms and weight digest."""
-    run_ranks(PROGRAM, processes, out, stage, micro, *(extra or []))
+    run_ranks(PROGRAM, processes, out, stage, tokens, *(extra or []))
     return json.loads((out / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The same three steps by plain torch, one batch of 8, no DeepSpeed."""
-    return run_steps(tmp_path_factory.mktemp("plain"), 1, -1, 8)
+    """The same three steps by plain torch and transformers' logits, sample by sample, no DeepSpeed."""
+    return run_steps(tmp_path_factory.mktemp("plain"), 1, -1, 0)
 
 
 @pytest.mark.parametrize(
-    ("processes", "stage", "micro"), [(1, 0, 8), (1, 0, 1), (1, 2, 3), (2, 2, 2), (2, 3, 4)], ids=str
+    ("processes", "stage", "tokens"), [(1, 0, 100), (1, 0, 1), (1, 2, 20), (2, 2, 1), (2, 3, 20)], ids=str
 )
-def test_every_cut_of_the_batch_gives_the_losses_of_plain_torch(tmp_path, plain, processes, stage, micro):
-    result = run_steps(tmp_path, processes, stage, micro)
+def test_every_cut_of_the_batch_gives_the_losses_of_plain_torch(tmp_path, plain, processes, stage, tokens):
+    """Rows of 100 tokens hold the batch of 8 samples, rows of 1 a sample each: 8 micro-batches, or 2 x 4."""
+    result = run_steps(tmp_path, processes, stage, tokens)
     assert result["losses"] == pytest.approx(plain["losses"], abs=2e-5)
     assert result["norms"] == pytest.approx(plain["norms"], rel=1e-3)
 
@@ -61,9 +62,9 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, processe
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    undisturbed = run_steps(whole, processes, stage, 2)
-    run_steps(parts, processes, stage, 2, ["--until", "2"])
-    resumed = run_steps(parts, processes, stage, 2)
+    undisturbed = run_steps(whole, processes, stage, 20)
+    run_steps(parts, processes, stage, 20, ["--until", "2"])
+    resumed = run_steps(parts, processes, stage, 20)
     assert resumed["first_step"] == 2
     assert resumed["weights"] == undisturbed["weights"]
 
@@ -75,9 +76,9 @@ def test_adapters_resume_bit_for_bit_on_an_untouched_base_and_are_merged(tmp_pat
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    undisturbed = run_steps(whole, processes, stage, 2, ["--lora"])
-    run_steps(parts, processes, stage, 2, ["--lora", "--until", "2"])
-    resumed = run_steps(parts, processes, stage, 2, ["--lora"])
+    undisturbed = run_steps(whole, processes, stage, 20, ["--lora"])
+    run_steps(parts, processes, stage, 20, ["--lora", "--until", "2"])
+    resumed = run_steps(parts, processes, stage, 20, ["--lora"])
     assert resumed["first_step"] == 2
     assert resumed["weights"] == undisturbed["weights"]
     assert undisturbed["base_gap"] == 0

@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.config import EngineConfig, LoraConfig, OptimizerConfig
 from tasks.training import checkpoint, engine
-from tasks.training.batches import batch_indices, chunks, language_batch
+from tasks.training.batches import language_batch, language_tokens, optimizer_batch
 from tasks.training.lora import Base, add_adapters
-from tasks.training.losses import language_loss
 from tasks.training.models import Policy, load_policy
 from tasks.training.ranks import all_sum, barrier, rank
+from tasks.training.supervised import own_share
 
 STEPS = 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=0.5)
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("stage", type=int)
-    parser.add_argument("micro", type=int)
+    parser.add_argument("tokens", type=int)
     parser.add_argument("--until", type=int, default=STEPS)
     parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()
@@ -44,22 +44,22 @@ def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) ->
     device = engine.start("cpu")
     config = EngineConfig(zero_stage=arguments.stage, precision="fp32")
     if arguments.lora:
-        before = policy(language_batch(rows, 0, device).sequences, start=1).logprobs.detach()
+        before = read(policy, language_batch(rows, device)).detach()
         add_adapters(policy.model, LoraConfig(rank=2), "lora")
     trained = engine.train_engine(policy, config, OPTIMIZER, STEPS, device, "engine")
     resumed = checkpoint.load(arguments.out / "checkpoints", {"model": trained})
     first = resumed[0] if resumed else 0
     losses, norms = [], []
     for step in range(first, arguments.until):
-        own = [rows[index] for index in batch_indices(step, len(rows), 8, seed=0)]
-        batches = [language_batch(part, 0, device) for part in chunks(own, arguments.micro)]
+        batch = [rows[index] for index in optimizer_batch(step, len(rows), 8, seed=0)]
+        batches = [language_batch(part, device) for part in own_share(batch, language_tokens, arguments.tokens)]
         sums: list[torch.Tensor] = []
 
         def loss_of(batch, sums=sums):
-            sums.append(loss(trained, batch))
+            sums.append(-read(trained, batch).sum())
             return sums[-1]
 
-        tokens = sum(int(batch.loss_mask.sum()) for batch in batches)
+        tokens = sum(len(batch.learnt) for batch in batches)
         norms.append(trained.optimizer_step(batches, loss_of, tokens).grad_norm)
         total = all_sum(torch.tensor([float(sum(s.detach() for s in sums)), float(tokens)]))
         losses.append(float(total[0] / total[1]))
@@ -74,11 +74,11 @@ def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) ->
 @torch.no_grad()
 def adapters(trained: engine.TrainEngine, rows: list, before: torch.Tensor, folder: Path) -> dict:
     """How far the base is from what it was, and the merged export from the adapted network; and what was kept."""
-    batch = language_batch(rows, 0, trained.device).sequences
-    adapted, base = trained(batch, start=1).logprobs, Base(trained)(batch, start=1).logprobs
+    batch = language_batch(rows, trained.device)
+    adapted, base = read(trained, batch), read(Base(trained), batch)
     engine.export(trained.module, NoTokenizer(), folder)
     barrier()
-    merged = load_policy(folder)(batch, start=1).logprobs
+    merged = read(load_policy(folder), batch)
     return {
         "base_gap": float((base - before).abs().max()),
         "adapted_gap": float((adapted - before).abs().max()),
@@ -112,9 +112,7 @@ def plain_torch(policy: Policy, rows: list) -> dict:
     )
     losses, norms = [], []
     for step in range(STEPS):
-        own = [rows[index] for index in batch_indices(step, len(rows), 8, seed=0)]
-        batch = language_batch(own, 0, torch.device("cpu"))
-        mean = loss(policy, batch) / batch.loss_mask.sum()
+        mean = one_by_one(policy, [rows[index] for index in optimizer_batch(step, len(rows), 8, seed=0)])
         mean.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)))
         adam.step()
@@ -124,8 +122,20 @@ def plain_torch(policy: Policy, rows: list) -> dict:
     return {"losses": losses, "norms": norms}
 
 
-def loss(model, batch) -> torch.Tensor:
-    return language_loss(model(batch.sequences, start=1).logprobs, batch.loss_mask[:, 1:])
+def read(model, batch) -> torch.Tensor:
+    """Log-probabilities of the learnt tokens."""
+    return model(batch.row, batch.learnt).logprobs
+
+
+def one_by_one(policy: Policy, batch: list) -> torch.Tensor:
+    """Cross-entropy by transformers' own logits, a sample at a time."""
+    total, tokens = torch.zeros(()), 0
+    for row in batch:
+        ids = torch.tensor([row["prompt"] + row["answer"]])
+        logits = policy.model(ids).logits[0, len(row["prompt"]) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(row["answer"]), reduction="sum")
+        tokens += len(row["answer"])
+    return total / tokens
 
 
 main()

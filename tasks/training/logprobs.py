@@ -5,6 +5,8 @@ once, neither forward nor, where they are computed again, backward. For 16 k tok
 be 3 GiB in fp32, several times over.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,7 @@ def scores_from_hidden(
     tokens: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    compiled: bool = False,
 ) -> TokenScores:
     """`token_logprobs` (and `token_entropy`, without gradient) of logits = hidden @ weight.T + bias, a chunk at a time.
 
@@ -56,9 +59,12 @@ def scores_from_hidden(
         hidden: [..., D], the state from which each token was predicted.
         weight: [V, D] and bias: [V], of the language model's head.
         tokens: [...] int64.
+        compiled: fuse what is done to the logits into few passes over them; the first call compiles.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logprobs, entropy = _ChunkedScores.apply(flat, weight, bias, tokens.reshape(-1), temperature, with_entropy)
+    logprobs, entropy = _ChunkedScores.apply(
+        flat, weight, bias, tokens.reshape(-1), temperature, with_entropy, compiled
+    )
     return TokenScores(logprobs.view(tokens.shape), entropy.view(tokens.shape) if with_entropy else None)
 
 
@@ -74,17 +80,19 @@ class _ChunkedScores(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         with_entropy: bool,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor | None]:
         logprobs, normalisers, entropies = [], [], []
+        scored = _compiled(_scored) if compiled else _scored
         for part in _chunks(hidden, weight):
             logits = _logits(hidden[part], weight, bias)
-            logprob, normaliser = _scored(logits, tokens[part], temperature)
+            logprob, normaliser = scored(logits, tokens[part], temperature)
             logprobs.append(logprob)
             normalisers.append(normaliser)
             if with_entropy:
                 entropies.append(token_entropy(logits, temperature))
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalisers))
-        ctx.temperature = temperature
+        ctx.temperature, ctx.compiled = temperature, compiled
         entropy = torch.cat(entropies) if with_entropy else None
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -98,9 +106,10 @@ class _ChunkedScores(torch.autograd.Function):
         # Sums over chunks in full precision: in bf16 each further chunk would be rounded away.
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias)) if needs_bias else None
+        logit_gradient = _compiled(_logit_gradient) if ctx.compiled else _logit_gradient
         for part in _chunks(hidden, weight):
             logits = _logits(hidden[part], weight, bias)
-            grad = _logit_gradient(logits, tokens[part], normalisers[part], gradient[part], ctx.temperature)
+            grad = logit_gradient(logits, tokens[part], normalisers[part], gradient[part], ctx.temperature)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None:
@@ -114,7 +123,13 @@ class _ChunkedScores(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -30,6 +30,8 @@ class Policy(nn.Module):
         super().__init__()
         use_packed(model)
         self.model = model
+        self.compiled = False
+        """Whether what follows the head is compiled, as the layers may be."""
 
     def forward(
         self,
@@ -53,7 +55,7 @@ class Policy(nn.Module):
         else:
             hidden, tokens = hidden[:, which - 1 : -1], ids[:, which:]
         head = self.model.get_output_embeddings()
-        return scores_from_hidden(hidden, head.weight, head.bias, tokens, temperature, with_entropy)
+        return scores_from_hidden(hidden, head.weight, head.bias, tokens, temperature, with_entropy, self.compiled)
 
 
 class ScalarModel(nn.Module):

@@ -1,6 +1,7 @@
 """Records of benchmarks: one JSON object a line in tests/bench/results/NAME.jsonl, appended and never edited."""
 
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -24,12 +25,23 @@ def record(bench: str, case: str, metric: str, value: float, unit: str, baseline
         "unit": unit,
         "baseline": baseline,
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with (HERE / "results" / f"{bench}.jsonl").open("a") as file:
+    append(f"{bench}.jsonl", row)
+
+
+def append(name: str, row: dict[str, Any]) -> None:
+    """Append a line to a file of results."""
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    with (results / name).open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def hardware() -> str:
@@ -39,5 +51,7 @@ def hardware() -> str:
 
 def commit() -> str | None:
     """The commit that is checked out; None outside a repository."""
+    if known := os.environ.get("GIT_COMMIT"):  # of a copy without its repository
+        return known
     told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
     return told.stdout.strip() or None

@@ -1,0 +1,315 @@
+"""Speed of SFT and reward-model training, side by side with the plain way on the same samples.
+
+    python tests/bench/train.py [CASE ...] [--tiny] [--hub DIR] [--tokenizer DIR]
+
+The plain way is transformers' model on padded batches with its own loss, DeepSpeed ZeRO-0, bf16 with fp32 master
+weights and gradient checkpointing. Ours is what the stages run: packed rows, attention inside samples, the loss without
+the logits. Each side is a process of its own; the first steps, in which layers are compiled, are timed apart.
+MFU counts 6 FLOP a parameter and token plus causal attention, no recomputation, over 989 TFLOP/s (H100, dense bf16);
+embeddings count where they are the head too. `--tiny` runs every case in small on a CPU and records nothing.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+for name, value in {
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "WORLD_SIZE": 1,
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": 29572,
+}.items():
+    os.environ.setdefault(name, str(value))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tasks.config import EngineConfig, OptimizerConfig
+from tasks.training.batches import chunks, language_batch, language_tokens, pair_batch, pair_tokens, right_padded
+from tasks.training.engine import start, train_engine
+from tasks.training.losses import pairwise_loss
+from tasks.training.models import Policy, ScalarModel, without_dropout
+from tasks.training.reward import scores
+from tasks.training.supervised import own_share
+from tests.bench.records import hardware, record
+
+SHAPES = Path(__file__).parent / "shapes"
+PEAK = 989e12
+OPTIMIZER = OptimizerConfig(learning_rate=1e-5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer batch and how each side cuts it up."""
+
+    shape: str
+    pairs: bool
+    batch_size: int
+    plain_micro: int
+    """Samples (or pairs) in one forward pass of the plain way."""
+    micro_batch_tokens: int
+    zero_stage: Any = 0
+    gradient_checkpointing: bool = False
+    compiled: bool = True
+    precision: Any = "bf16"
+    warmup: int = 3
+    steps: int = 8
+
+
+CASES = {
+    "sft-1.7b-2048": Case("llama-1.7b", False, 8, 8, 16384),
+    "sft-real-lengths": Case("smollm2-135m", False, 256, 16, 32768),
+    "reward-350m": Case("opt-350m", True, 64, 16, 16384),
+}
+METRICS = {"mfu": "of 989 TFLOP/s", "tokens_per_s": "tokens/s", "speedup": "x"}
+
+
+def samples(name: str, case: Case, options: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """The optimizer batches of a case."""
+    draw = random.Random(0)
+    count, most = case.warmup + case.steps, 64 if options.tiny else 512
+
+    def tokens(length: int) -> list[int]:
+        return [draw.randrange(5, 30_000) for _ in range(length)]
+
+    if name == "sft-real-lengths":
+        rows = real_rows(count * case.batch_size, options)
+    elif case.pairs:  # prompt and answers of 1/4 to 1/2 of the longest pair each
+        rows = [
+            {
+                "prompt": tokens(draw.randint(most // 4, most // 2)),
+                "chosen": tokens(draw.randint(most // 4, most // 2)),
+                "rejected": tokens(draw.randint(most // 4, most // 2)),
+                "weight": 1.0,
+            }
+            for _ in range(count * case.batch_size)
+        ]
+    else:
+        full = 64 if options.tiny else 2048
+        rows = [{"prompt": tokens(1), "answer": tokens(full - 1)} for _ in range(count * case.batch_size)]
+    return [list(batch) for batch in chunks(rows, case.batch_size)]
+
+
+def real_rows(count: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prompts and chosen answers of rm-static in SmolLM2's tokens, cut to 256 each as the default config does."""
+    import pandas as pd
+
+    path = Path(options.hub) / "Dahoas/rm-static/data" if options.hub else None
+    source = sorted(path.glob("train-*.parquet"))[0] if path else "hf://datasets/Dahoas/rm-static/data/train.parquet"
+    table = pd.read_parquet(source, columns=["prompt", "chosen"]).sample(count, random_state=0)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    prompts, answers = (tokenizer(list(table[column]))["input_ids"] for column in ("prompt", "chosen"))
+    eos = [tokenizer.eos_token_id]
+    return [{"prompt": p[-256:], "answer": a[:255] + eos} for p, a in zip(prompts, answers, strict=True)]
+
+
+class Plain(nn.Module):
+    """Transformers' model with its own loss on padded batches."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch, use_cache=False)
+
+
+def plain_batch(case: Case, rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    sides = ("chosen", "rejected") if case.pairs else ("answer",)
+    padded = right_padded([row["prompt"] + row[side] for side in sides for row in rows], 0, device)
+    batch = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask.long()}
+    if not case.pairs:
+        learnt = padded.attention_mask.clone()
+        for index, row in enumerate(rows):
+            learnt[index, : len(row["prompt"])] = False
+        batch["labels"] = padded.input_ids.masked_fill(~learnt, -100)
+    return batch
+
+
+def run_side(name: str, case: Case, side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per step and tokens of one side, in this process."""
+    device = start("cpu" if options.tiny else "cuda")
+    batches = samples(name, case, options)
+    shape = yaml.safe_load((SHAPES / f"{'tiny' if options.tiny else case.shape}.yaml").read_text())
+    config = without_dropout(AutoConfig.for_model(**shape, pad_token_id=0, num_labels=1))
+    auto_class = AutoModelForSequenceClassification if case.pairs else AutoModelForCausalLM
+    with device:
+        model = auto_class.from_config(config)
+    engine_config = EngineConfig(
+        zero_stage=case.zero_stage if side == "ours" else 0,
+        precision=case.precision,
+        gradient_checkpointing=case.gradient_checkpointing or side == "plain",
+        compile_layers=case.compiled and side == "ours",
+    )
+    wrapped = Plain(model) if side == "plain" else ScalarModel(model) if case.pairs else Policy(model)
+    engine = train_engine(wrapped, engine_config, OPTIMIZER, len(batches), device, "engine")
+
+    def plain_loss(batch: dict[str, Tensor]) -> Tensor:
+        output = engine(**batch)
+        if not case.pairs:
+            return output.loss
+        chosen, rejected = output.logits.float().squeeze(-1).chunk(2)
+        return pairwise_loss(chosen, rejected, torch.ones_like(chosen))
+
+    def our_loss(batch: Any) -> Tensor:
+        if case.pairs:
+            return pairwise_loss(*scores(engine, batch), batch.weight)
+        return -engine(batch.row, batch.learnt).logprobs.sum()
+
+    tokens_of, collate = (pair_tokens, pair_batch) if case.pairs else (language_tokens, language_batch)
+
+    def step(rows: list[dict[str, Any]]) -> float:
+        if side == "plain":
+            micro = [plain_batch(case, part, device) for part in chunks(rows, case.plain_micro)]
+            denominator = float(len(rows) if case.pairs else len(micro))
+            return engine.optimizer_step(micro, plain_loss, denominator).grad_norm
+        micro = [collate(part, device) for part in own_share(rows, tokens_of, case.micro_batch_tokens)]
+        denominator = float(len(rows) if case.pairs else sum(len(batch.learnt) for batch in micro))
+        return engine.optimizer_step(micro, our_loss, denominator).grad_norm
+
+    seconds = [clocked(step, batch, device) for batch in batches]
+    if options.profile:
+        profile(step, batches[-1])
+    measured = batches[case.warmup :]
+    lengths = [length for batch in measured for row in batch for length in lengths_of(case, row)]
+    flop = sum(flop_of(config, wrapped, length) for length in lengths) / len(measured)
+    per_step = statistics.median(seconds[case.warmup :])
+    tokens = sum(lengths) / len(measured)
+    return {
+        "mfu": flop / per_step / PEAK,
+        "tokens_per_s": tokens / per_step,
+        "step_s": per_step,
+        "first_s": seconds[0],
+        "second_s": seconds[1],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
+    }
+
+
+def clocked(step: Any, batch: Any, device: torch.device) -> float:
+    began = time.perf_counter()
+    step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def profile(step: Any, batch: Any) -> None:
+    """Print where a step's time goes, by kernel."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        step(batch)
+        torch.cuda.synchronize()
+    print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=60))
+
+
+def lengths_of(case: Case, row: dict[str, Any]) -> list[int]:
+    sides = ("chosen", "rejected") if case.pairs else ("answer",)
+    return [len(row["prompt"]) + len(row[side]) for side in sides]
+
+
+def flop_of(config: Any, module: nn.Module, length: int) -> float:
+    """Of one sample, forward and backward: 6 a parameter and token, and causal attention's two products."""
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters())
+    head = module.model.get_output_embeddings()
+    lookups = {m.weight.data_ptr(): m.weight.numel() for m in module.modules() if isinstance(m, nn.Embedding)}
+    if head is not None:
+        lookups.pop(head.weight.data_ptr(), None)
+    matrices = parameters - sum(lookups.values())
+    return 6 * matrices * length + 6 * config.num_hidden_layers * config.hidden_size * length**2
+
+
+def in_process(name: str, case: Case, side: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The same in a process of its own, so that neither side leaves memory behind; None if it failed."""
+    command = [sys.executable, __file__, name, "--side", side, "--case", json.dumps(asdict(case))]
+    command += [*(["--tiny"] if options.tiny else []), "--tokenizer", options.tokenizer]
+    command += [*(["--hub", options.hub] if options.hub else []), *(["--profile"] if options.profile else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"{name} {side}: not done within {options.seconds} s")
+        return None
+    if done.returncode:
+        print(f"{name} {side} failed:\n{done.stderr[-1500:]}")
+        return None
+    *before, last = done.stdout.splitlines()
+    if options.profile:
+        print("\n".join(before))
+    found: dict[str, Any] = json.loads(last)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--tiny", action="store_true", help="in small, on a CPU; records nothing")
+    parser.add_argument("--hub", help="folder in hub layout with rm-static; default: the Hugging Face hub")
+    parser.add_argument("--tokenizer", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--try", dest="tries", action="append", default=[], metavar="KEY=VALUE[,...]", help="ours, with"
+    )
+    parser.add_argument("--profile", action="store_true", help="print where one step's time goes")
+    parser.add_argument("--seconds", type=int, default=240, help="limit of each side")
+    parser.add_argument("--side", choices=["plain", "ours"], help="run this side here and print its figures")
+    parser.add_argument("--case", help="with --side: the case as JSON")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
+    if options.side:
+        found = run_side(options.cases[0], Case(**json.loads(options.case)), options.side, options)
+        print(json.dumps(found))
+        return
+    print(f"{'case':18}{'side':44}{'mfu':>7}{'tokens/s':>10}{'step s':>8}{'first s':>9}{'GiB':>7}   on {hardware()}")
+    for name in options.cases or CASES:
+        compare(name, options)
+
+
+def compare(name: str, options: argparse.Namespace) -> None:
+    """Both sides of a case, printed; ours is recorded beside the plain way's."""
+    case = CASES[name]
+    if options.tiny:
+        case = replace(case, batch_size=8, plain_micro=4, micro_batch_tokens=512, compiled=False, precision="fp32")
+        case = replace(case, warmup=1, steps=2)
+    for text in options.tries:
+        case_tried = replace(case, **{k: yaml.safe_load(v) for k, v in (part.split("=") for part in text.split(","))})
+        show(name, f"ours {text}", in_process(name, case_tried, "ours", options))
+    if options.tries:
+        return
+    plain, ours = (in_process(name, case, side, options) for side in ("plain", "ours"))
+    show(name, "plain", plain)
+    show(name, "ours", ours)
+    if plain is None or ours is None:
+        raise SystemExit(1)
+    ours["speedup"] = ours["tokens_per_s"] / plain["tokens_per_s"]
+    print(f"{name:18}{ours['speedup']:.2f} times the plain way", flush=True)
+    if not options.tiny:
+        for metric, unit in METRICS.items():
+            value = plain["tokens_per_s" if metric == "speedup" else metric]
+            record("train", name, metric, ours[metric], unit, {"name": "plain way, same run", "value": value})
+
+
+def show(name: str, side: str, found: dict[str, Any] | None) -> None:
+    if found is not None:
+        print(
+            f"{name:18}{side:44}{found['mfu']:7.1%}{found['tokens_per_s']:10.0f}{found['step_s']:8.3f}"
+            f"{found['first_s']:9.1f}{found['peak_gib']:7.1f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -277,7 +277,7 @@ def _compile_layers(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__ in model.model._no_split_modules:
             module.compile()
-    model.compiled = True  # of a Policy: what it does to logits
+    model.compiled = True
 
 
 def _check_device(config: EngineConfig, device: torch.device, where: str) -> None:

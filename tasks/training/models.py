@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tasks.training.attention import inside, use_packed
 from tasks.training.logprobs import TokenScores, scores_from_hidden
+from tasks.training.packing import in_few_shapes
 from tasks.training.types import Packed, Sequences
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +32,7 @@ class Policy(nn.Module):
         use_packed(model)
         self.model = model
         self.compiled = False
-        """Whether what follows the head is compiled, as the layers may be."""
+        """Whether layers and what follows the head are compiled: packed rows then come in few shapes."""
 
     def forward(
         self,
@@ -48,7 +49,7 @@ class Policy(nn.Module):
 
         Returns: [B, T - which] or [M].
         """
-        hidden = hidden_states(self.model, sequences)
+        hidden = hidden_states(self.model, sequences, self.compiled)
         ids = sequences.input_ids
         if isinstance(sequences, Packed):
             hidden, tokens = hidden[0, which - 1], ids[0, which]
@@ -65,6 +66,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         use_packed(model)
         self.model = model
+        self.compiled = False
+        """Whether the layers are compiled: packed rows then come in few shapes."""
 
     @property
     def score_mean(self) -> float:
@@ -73,15 +76,18 @@ class ScalarModel(nn.Module):
 
     def forward(self, sequences: Sequences | Packed) -> Tensor:
         """[B, T] (or [1, N]) fp32: the head's output at every token, as trained (the mean is not subtracted)."""
-        return self.model.score(hidden_states(self.model, sequences)).squeeze(-1).float()
+        return self.model.score(hidden_states(self.model, sequences, self.compiled)).squeeze(-1).float()
 
 
-def hidden_states(model: PreTrainedModel, sequences: Sequences | Packed) -> Tensor:
+def hidden_states(model: PreTrainedModel, sequences: Sequences | Packed, compiled: bool = False) -> Tensor:
     """What the head of a model reads. Returns: [B, T, D], or [1, N, D] of a packed row."""
     backbone = getattr(model, model.base_model_prefix)
-    inputs = inside(sequences) if isinstance(sequences, Packed) else sequences._asdict()
+    if isinstance(sequences, Packed):
+        inputs = inside(in_few_shapes(sequences) if compiled else sequences)
+    else:
+        inputs = sequences._asdict()
     states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
-    return states
+    return states[:, : sequences.input_ids.shape[1]]
 
 
 def load_policy(folder: str | Path) -> Policy:

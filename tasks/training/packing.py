@@ -7,6 +7,8 @@ pairs) of the optimizer batch; attention stays inside each sample (attention.py)
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tasks.training.ranks import rank, world_size
 from tasks.training.types import Packed
@@ -45,6 +47,33 @@ def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
             rows.append([sample])
             room.append(budget - sizes[sample])
     return rows
+
+
+def is_dense(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> bool:
+    """Whether a row is a plain batch in disguise: no sample shorter than `max_seqlen`."""
+    return (len(cu_seqlens) - 1) * max_seqlen == tokens
+
+
+def in_few_shapes(row: Packed, tokens: int = 2048, samples: int = 64) -> Packed:
+    """The same row with samples after its end that nobody reads, so that compiled layers see few different shapes.
+
+    Its length becomes a multiple of `tokens`, its count of samples one of `samples` (empty ones fill it up), its
+    longest sample a power of two. A dense row is left as it is.
+    """
+    begin, longest = row.input_ids.shape[1], row.max_seqlen
+    if is_dense(row.cu_seqlens, longest, begin):
+        return row
+    end = begin + -begin % tokens
+    ends = [*range(begin + longest, end, longest), *([end] if end > begin else [])]
+    ends += [end] * (-(len(row.cu_seqlens) - 1 + len(ends)) % samples)
+    return Packed(
+        input_ids=F.pad(row.input_ids, (0, end - begin)),
+        position_ids=torch.cat(
+            [row.position_ids, torch.arange(end - begin, device=row.input_ids.device)[None] % longest], 1
+        ),
+        cu_seqlens=torch.cat([row.cu_seqlens, row.cu_seqlens.new_tensor(ends)]),
+        max_seqlen=1 << (longest - 1).bit_length(),
+    )
 
 
 def packed(samples: Sequence[Sequence[int]], device: torch.device) -> Packed:

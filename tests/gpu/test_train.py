@@ -27,7 +27,7 @@ FAMILIES = {
     "gpt_neox": ("gpt_neox", WIDE),
 }
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, weight_decay=0.1)
-TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 8e-3}
+TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1.2e-2}
 STEPS = 3
 
 
@@ -80,7 +80,7 @@ def test_varlen_attention_gives_the_logprobs_and_gradients_of_fp32_samples(devic
     assert error.mean() < TOLERANCE[dtype]
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
     got = torch.cat([p.grad.flatten() for p in mine.parameters()]).cpu().float() / 128
-    assert torch.nn.functional.cosine_similarity(got, wanted, dim=0) > 0.998
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=0) > 0.995
 
 
 @torch.no_grad()

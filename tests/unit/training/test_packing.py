@@ -14,7 +14,7 @@ from tasks.training.attention import FAMILIES, use_packed
 from tasks.training.batches import language_batch, left_padded, pair_batch
 from tasks.training.logprobs import scores_from_hidden, token_entropy, token_logprobs
 from tasks.training.models import Policy, ScalarModel
-from tasks.training.packing import best_fit
+from tasks.training.packing import best_fit, in_few_shapes
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -101,6 +101,18 @@ def test_packed_gives_the_same_with_gradient_checkpointing(policy):
     policy(batch.row, batch.learnt).logprobs.sum().backward()
     for parameter, expected in zip(policy.parameters(), plain, strict=True):
         assert (parameter.grad is None and expected is None) or torch.equal(parameter.grad, expected)
+
+
+@torch.no_grad()
+def test_rows_in_few_shapes_give_the_same(policy, monkeypatch):
+    monkeypatch.setattr(in_few_shapes, "__defaults__", (64, 8))
+    batch = language_batch(ROWS, CPU)
+    row = in_few_shapes(batch.row)
+    assert (row.input_ids.shape[1], len(row.cu_seqlens) - 1, row.max_seqlen) == (64, 8, 16)
+    assert row.cu_seqlens.tolist()[4:] == [36, 50, 64, 64, 64]
+    plain = policy(batch.row, batch.learnt).logprobs
+    policy.compiled = True
+    torch.testing.assert_close(policy(batch.row, batch.learnt).logprobs, plain)
 
 
 @torch.no_grad()

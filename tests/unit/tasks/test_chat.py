@@ -105,9 +105,7 @@ def test_the_conversation_is_kept_until_it_is_reset(speaker: Speaker) -> None:
 
 
 def test_a_conversation_without_room_is_refused(speaker: Speaker) -> None:
-    with pytest.raises(
-        ValueError, match=r"has \d+ tokens and chat-policy 1 has room for 256, the answer's 250"
-    ):
+    with pytest.raises(ValueError, match=r"has \d+ tokens and chat-policy 1 has room for 256, the answer's 250"):
         speaker.answers([asked("is the pear green")], Sampling(250, 0.0, 1.0, 0))
 
 

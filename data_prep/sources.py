@@ -7,7 +7,8 @@ only what differs from set to set.
 
 import difflib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -178,6 +179,11 @@ def source_of(spec: SourceSpec) -> Source:
     return SOURCES[spec.name] if spec.is_known else OTHER
 
 
+def revision_of(spec: SourceSpec) -> str:
+    """The commit or branch of the hub that a source is read at."""
+    return spec.revision or source_of(spec).revision
+
+
 def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
     """Bring a source's rows into `out` as {split}/NNNN.parquet.
 
@@ -189,7 +195,10 @@ def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
         rows = _write_local(spec, Path(spec.path), out)
         revision = "local"
     else:
-        root, revision = _mirror(spec, Path(hub)) if hub is not None else _snapshot(spec)
+        if hub is not None:
+            root, revision = mirror_folder(spec.name, Path(hub)), "local"
+        else:
+            root, revision = snapshot(spec.name, revision_of(spec), ["data/*.parquet", "*/*/*.parquet"])
         rows = _copy_parquet(spec, root, out) if spec.is_known else _write_other(spec, root, out)
     size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
     return {"rows": rows, "bytes": size, "revision": revision}
@@ -200,7 +209,7 @@ def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
 
 
 def _write_other(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
-    files = {split: _split_files(root, split) for split in ("train", "test")}
+    files = {split: split_files(root, split) for split in ("train", "test")}
     if not files["train"]:
         raise ValueError(
             f"{spec.name} in {root} has no Parquet files of the split train: complete it, or name another."
@@ -222,19 +231,27 @@ def _write_unified(spec: SourceSpec, split: str, tables: Iterable[pa.Table], out
     return rows
 
 
-def _mirror(spec: SourceSpec, hub: Path) -> tuple[Path, str]:
-    if not (hub / spec.name).is_dir():
-        raise ValueError(f"The mirror {hub} has no folder {spec.name}: correct data.hub, or leave this source out.")
-    return hub / spec.name, "local"
+def mirror_folder(name: str, hub: Path) -> Path:
+    """The folder of a set in a mirror."""
+    if not (hub / name).is_dir():
+        raise ValueError(f"The mirror {hub} has no folder {name}: correct data.hub, or leave this source out.")
+    return hub / name
 
 
-def _snapshot(spec: SourceSpec) -> tuple[Path, str]:
-    revision = spec.revision or source_of(spec).revision
-    where = f"{spec.name} (revision {revision})"
+def snapshot(name: str, revision: str, patterns: list[str]) -> tuple[Path, str]:
+    """The folder with a set's files that match a pattern, from the hub, and its commit.
+
+    ValueError for what the user can mend, ConnectionError where the hub does not answer.
+    """
+    with _hub_errors(f"{name} (revision {revision})"):
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    return Path(folder), Path(folder).name  # the hub client names a snapshot's folder by its commit
+
+
+@contextmanager
+def _hub_errors(where: str) -> Iterator[None]:
     try:
-        folder = snapshot_download(
-            spec.name, repo_type="dataset", revision=revision, allow_patterns=["data/*.parquet", "*/*/*.parquet"]
-        )
+        yield
     except GatedRepoError as error:
         raise ValueError(f"{where} is gated: accept its terms on the hub and set HF_TOKEN.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -244,19 +261,20 @@ def _snapshot(spec: SourceSpec) -> tuple[Path, str]:
         raise ConnectionError(
             f"The hub gave no answer for {where}: go online, or name a mirror folder with data.hub. ({reason})"
         ) from error
-    return Path(folder), Path(folder).name  # the hub client names a snapshot's folder by its commit
 
 
-def _split_files(root: Path, split: str) -> list[Path]:
-    """The split's files, in the layout of main (data/train-00000-of-00001.parquet) or of the hub's conversion."""
-    return sorted(root.glob(f"data/{split}-*.parquet")) or sorted(root.glob(f"*/{split}/*.parquet"))
+def split_files(root: Path, split: str) -> list[Path]:
+    """The split's Parquet files, in the layout of main (train-00000-of-00001.parquet, there or in data/) or of the
+    hub's conversion (a folder per split)."""
+    layouts = (f"data/{split}-*.parquet", f"{split}-*.parquet", f"*/{split}/*.parquet")
+    return next((found for layout in layouts if (found := sorted(root.glob(layout)))), [])
 
 
 def _copy_parquet(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
     source = source_of(spec)
     rows = {}
     for split in (split for splits in source.sides.values() for split in splits):
-        files = _split_files(root, split)
+        files = split_files(root, split)
         if not files:
             raise ValueError(f"{spec.name} in {root} has no Parquet files of the split {split}: complete the mirror.")
         (out / split).mkdir()

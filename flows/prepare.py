@@ -52,20 +52,23 @@ def _report(run: Run, refs: Refs) -> None:
 def _steps(run: Run, refs: Refs) -> Iterator[Refs]:
     """The steps in order. Each yields what it made, and finds all that was made before it in `refs`."""
     sources = list(run.config.data.sources)
+    downloads = [node.source for node in run.graph.values() if node.stage == "download"]
     for key in ("base", "reward-base"):
         if key in run.graph and not run.graph[key].inputs:  # a model that is there already: checked before all else
             yield {key: prepare.base(run, key, refs, return_state=True).result()}
     if "demo" in run.graph:
         yield {"demo": prepare.demo(run, return_state=True).result()}
-    raw = prepare.download.map(unmapped(run), sources, unmapped(refs)).result()
-    yield {f"download:{name}": ref for name, ref in zip(sources, raw, strict=True)}
-    cleaned = prepare.clean.map(unmapped(run), sources, raw).result()
+    raw = prepare.download.map(unmapped(run), downloads, unmapped(refs)).result()
+    yield {f"download:{name}": ref for name, ref in zip(downloads, raw, strict=True)}
+    cleaned = prepare.clean.map(unmapped(run), sources, raw[: len(sources)]).result()
     yield {f"clean:{name}": ref for name, ref in zip(sources, cleaned, strict=True)}
     yield {"blend": prepare.blend(run, refs, return_state=True).result()}
     yield {"split": prepare.split(run, refs["blend"], return_state=True).result()}
     if "base" not in refs:
         yield {"base": prepare.base(run, "base", refs, return_state=True).result()}
     yield {"tokenise": prepare.tokenise(run, refs["split"], refs["base"], return_state=True).result()}
+    if "ptx" in run.graph:
+        yield {"ptx": prepare.ptx(run, refs, return_state=True).result()}
 
 
 def rows_by_source(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -76,6 +76,12 @@ def tokenise(run: Run, split: StageRef, base: StageRef) -> Any:
     return make(run, "tokenise", {"split": split, "base": base}, work)
 
 
+@task(name="ptx", task_run_name="cut the unsupervised text", **STAGE)
+def ptx(run: Run, refs: Refs) -> Any:
+    """Unsupervised text as chunks of token ids."""
+    return make(run, "ptx", refs, work)
+
+
 def work(stage: Stage, out: Path) -> Mapping[str, Any]:
     """Make one of these stages in `out`. Returns its metrics."""
     inputs = {role: ref.directory for role, ref in stage.inputs.items()} | {"ledger": dag.ledger_file(stage.workspace)}
@@ -92,11 +98,22 @@ def _demo(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> M
 
 
 def _download(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    if "column" in config:
+        return _download_text(config, out)
     from data_prep import sources
 
     spec = sources.SourceSpec(config["source"], path=config["path"], revision=config["revision"], kind=config["kind"])
     hub = str(inputs["demo"]) if "demo" in inputs else config["hub"]
     return sources.download(spec, hub, out)
+
+
+def _download_text(config: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
+    from data_prep import unsupervised
+
+    where = {name: config[name] for name in ("subset", "path", "revision", "column")}
+    train, test = config["splits"]
+    spec = unsupervised.TextSpec(config["source"], **where, train=train, test=test)
+    return unsupervised.download_text(spec, config["hub"], out)
 
 
 def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
@@ -134,6 +151,13 @@ def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) 
     return tokenise.tokenise(inputs["split"], tokenizer, config["max_prompt_tokens"], config["max_answer_tokens"], out)
 
 
+def _ptx(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+    from data_prep import unsupervised
+
+    settings = config["chunk_tokens"], config["document_start"], config["eval_fraction"]
+    return unsupervised.chunk(inputs["raw"], inputs["base"] / "tokenizer", *settings, out)
+
+
 WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path], Mapping[str, Any]]] = {
     "demo": _demo,
     "download": _download,
@@ -141,5 +165,6 @@ WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path], Mappi
     "blend": _blend,
     "split": _split,
     "tokenise": _tokenise,
+    "ptx": _ptx,
 }
 """Stage -> what makes it: (config, inputs by role, directory) -> metrics."""

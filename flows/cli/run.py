@@ -30,7 +30,9 @@ Force = Annotated[
     str | None,
     typer.Option("--force", metavar="STAGE", help="Make this stage anew even if it is finished; others as needed."),
 ]
-STEPS = "Steps: demo, download, clean, blend, split, base, tokenise, sft, reward, ppo, evaluate, register, promote."
+STEPS = (
+    "Steps: demo, download, clean, blend, split, base, tokenise, ptx, sft, reward, ppo, evaluate, register, promote."
+)
 
 
 def run(

@@ -6,6 +6,8 @@ only what differs from set to set.
 """
 
 import difflib
+import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +18,18 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from data_prep.kinds import UNIFIED, Kind, check_columns, unified
 from data_prep.local_files import read_local
 
 Row = Mapping[str, Any]
+HUB_TIMEOUT = 20.0
+"""Seconds that the hub has to say which commit a branch points to."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -184,11 +191,12 @@ def revision_of(spec: SourceSpec) -> str:
     return spec.revision or source_of(spec).revision
 
 
-def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
+def download(spec: SourceSpec, hub: str | None, out: Path, commit: str | None = None) -> dict[str, Any]:
     """Bring a source's rows into `out` as {split}/NNNN.parquet.
 
     hub: a mirror folder in the hub's layout (`<hub>/<name>/...`), or None for the hub itself (`HF_ENDPOINT`, `HF_TOKEN`
-    and `HF_HUB_OFFLINE` count there).  Returns rows by split, bytes, and the revision: the resolved commit, or "local".
+    and `HF_HUB_OFFLINE` count there).  commit: the one that is wanted, where the branch may move on meanwhile.  Returns
+    rows by split, bytes, and the revision: the resolved commit, or "local".
     ValueError for what the user can mend, ConnectionError where the hub does not answer (worth another try).
     """
     if spec.path is not None:
@@ -198,7 +206,7 @@ def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
         if hub is not None:
             root, revision = mirror_folder(spec.name, Path(hub)), "local"
         else:
-            root, revision = snapshot(spec.name, revision_of(spec), ["data/*.parquet", "*/*/*.parquet"])
+            root, revision = snapshot(spec.name, revision_of(spec), ["data/*.parquet", "*/*/*.parquet"], commit)
         rows = _copy_parquet(spec, root, out) if spec.is_known else _write_other(spec, root, out)
     size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
     return {"rows": rows, "bytes": size, "revision": revision}
@@ -238,14 +246,38 @@ def mirror_folder(name: str, hub: Path) -> Path:
     return hub / name
 
 
-def snapshot(name: str, revision: str, patterns: list[str]) -> tuple[Path, str]:
+def commit_of(name: str, revision: str) -> str:
+    """The commit that a set's branch on the hub points to now.
+
+    Offline, or where the hub does not answer, the one that was last downloaded.  ValueError for what the user can mend,
+    ConnectionError where neither is to be had.
+    """
+    if _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        with _hub_errors(f"{name} (revision {revision})"):
+            return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT).sha)
+    except ConnectionError as error:
+        kept = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset") / "refs" / revision
+        if not kept.is_file():
+            raise
+        if not is_offline_mode():
+            logging.getLogger(__name__).warning("%s What was last downloaded is taken.", error)
+        return kept.read_text().strip()
+
+
+def snapshot(name: str, revision: str, patterns: list[str], commit: str | None = None) -> tuple[Path, str]:
     """The folder with a set's files that match a pattern, from the hub, and its commit.
 
-    ValueError for what the user can mend, ConnectionError where the hub does not answer.
+    commit: the one that is wanted, where the branch `revision` may have moved on.  ValueError for what the user can
+    mend, ConnectionError where the hub does not answer.
     """
     with _hub_errors(f"{name} (revision {revision})"):
-        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-    return Path(folder), Path(folder).name  # the hub client names a snapshot's folder by its commit
+        # By the branch first, so that the client keeps what it points to, for later runs offline.
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        if commit not in (None, folder.name):  # the client names a snapshot's folder by its commit
+            folder = Path(snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=patterns))
+    return folder, folder.name
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class TextSpec:
     test: str | None = None
 
 
-def download_text(spec: TextSpec, hub: str | None, out: Path) -> dict[str, Any]:
+def download_text(spec: TextSpec, hub: str | None, out: Path, commit: str | None = None) -> dict[str, Any]:
     """Bring the text into `out` as {train, eval}/NNNN.parquet with the column `text`.
 
     Returns and raises what `data_prep.sources.download` does.
@@ -54,7 +54,7 @@ def download_text(spec: TextSpec, hub: str | None, out: Path) -> dict[str, Any]:
         tables, revision = {"train": _local(spec, Path(spec.path))}, "local"
     else:
         patterns = [f"{spec.subset}/*.parquet" if spec.subset else "*.parquet"]
-        found = snapshot(spec.name, spec.revision or "main", patterns) if hub is None else None
+        found = snapshot(spec.name, spec.revision or "main", patterns, commit) if hub is None else None
         root, revision = found or (mirror_folder(spec.name, Path(hub or "")), "local")
         splits = {"train": spec.train} | ({"eval": spec.test} if spec.test else {})
         tables = {side: _parquet(spec, root, split) for side, split in splits.items()}

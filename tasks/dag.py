@@ -100,12 +100,26 @@ def workspace(config: RunConfig) -> Path:
 
 
 def stage(config: RunConfig, node: Node, refs: Mapping[str, StageRef]) -> Stage:
-    """A node with its inputs, ready to be looked up or made; `refs` are finished stages by key."""
+    """A node with its inputs, ready to be looked up or made; `refs` are finished stages by key.
+
+    Raises ConnectionError for a set of the hub that gives no answer, where nothing of it was downloaded before.
+    """
     inputs = {role: refs[key] for role, key in node.inputs.items()}
     settings = node.config
+    if node.stage == "download" and settings["path"] is None and settings["hub"] is None and "demo" not in inputs:
+        settings = {**settings, "commit": _commit(settings)}
     if node.stage == "split":
         settings = {**settings, "homes": _homes(settings, inputs["blend"].directory, ledger_file(workspace(config)))}
     return Stage(node.stage, workspace(config), settings, inputs, node.roots)
+
+
+def _commit(download: Mapping[str, Any]) -> str:
+    """The commit on the hub that a set is read at: a run notices rows that were added since the last one."""
+    from data_prep.sources import SOURCES, commit_of
+
+    name, revision = download["source"], download["revision"]
+    known = SOURCES[name].revision if name in SOURCES else "main"
+    return commit_of(name, revision or known)
 
 
 def ledger_file(workspace: Path) -> Path:

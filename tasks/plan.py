@@ -162,7 +162,10 @@ def _line(config: RunConfig, choice: Choice, node: Node, refs: Mapping[str, Stag
     if waits:
         why = f"after {waits[-1].partition(':')[0]}"
         return Line(node.key, node.stage, False, why, reads, None, {}), None
-    stage = dag.stage(config, node, refs)
+    try:
+        stage = dag.stage(config, node, refs)
+    except ConnectionError:
+        return Line(node.key, node.stage, False, "the hub gives no answer", reads, None, {}), None
     if choice.forces(node.stage):
         return Line(node.key, node.stage, False, "forced", reads, stage.directory, {}), None
     ref = stages.finished(stage)

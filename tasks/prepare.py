@@ -104,7 +104,7 @@ def _download(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) 
 
     spec = sources.SourceSpec(config["source"], path=config["path"], revision=config["revision"], kind=config["kind"])
     hub = str(inputs["demo"]) if "demo" in inputs else config["hub"]
-    return sources.download(spec, hub, out)
+    return sources.download(spec, hub, out, config.get("commit"))
 
 
 def _download_text(config: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
@@ -113,7 +113,7 @@ def _download_text(config: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
     where = {name: config[name] for name in ("subset", "path", "revision", "column")}
     train, test = config["splits"]
     spec = unsupervised.TextSpec(config["source"], **where, train=train, test=test)
-    return unsupervised.download_text(spec, config["hub"], out)
+    return unsupervised.download_text(spec, config["hub"], out, config.get("commit"))
 
 
 def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:

@@ -29,6 +29,17 @@ def test_nothing_is_made_yet(config: RunConfig) -> None:
     assert not Path(config.workspace).exists()
 
 
+def test_a_hub_that_gives_no_answer(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(name: str, revision: str) -> str:
+        raise ConnectionError("The hub gave no answer.")
+
+    monkeypatch.setattr("data_prep.sources.commit_of", down)
+    tree["data"] = {"sources": tree["data"]["sources"]}
+    waiting = would_run(plan.plan(parse(tree)))
+    assert waiting["download:stanfordnlp/SHP"] == "the hub gives no answer"
+    assert waiting["clean:stanfordnlp/SHP"] == "after download"
+
+
 def test_all_is_cached_and_says_what_came_out(config: RunConfig, make_all: MakeAll) -> None:
     make_all(config)
     lines = plan.plan(config)

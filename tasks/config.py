@@ -283,6 +283,8 @@ class TrainConfig(Section):
 
 
 class SFTConfig(TrainConfig):
+    prompt_loss: bool = False
+    """Prompts are learnt as well as answers."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
 
 

@@ -212,6 +212,11 @@ def download(spec: SourceSpec, hub: str | None, out: Path, commit: str | None = 
     return {"rows": rows, "bytes": size, "revision": revision}
 
 
+def rows_of(folder: Path) -> int:
+    """The rows that `download` left in a folder."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.rglob("*.parquet"))
+
+
 def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
     return {split: _write_unified(spec, split, [table], out) for split, table in read_local(path).items()}
 

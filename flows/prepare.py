@@ -6,6 +6,7 @@ from typing import Any
 from prefect import flow, unmapped
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from data_prep.workers import stopped_together
 from tasks import data_report, page, prepare, steps, tracking
 from tasks.config import RunConfig
 from tasks.dag import Choice
@@ -26,10 +27,11 @@ def prepare_data(config: RunConfig, choice: Choice, run_id: str) -> Refs:
     """
     run = open_run(config, choice, run_id)
     refs: Refs = {}
-    for made in _steps(run, refs):
-        refs |= made
-        if choice.is_reached(run.graph, refs):
-            break
+    with stopped_together():
+        for made in _steps(run, refs):
+            refs |= made
+            if choice.is_reached(run.graph, refs):
+                break
     if lines := data_report.data_table(refs):
         create_table_artifact(rows_by_source(lines), key="data", description="Rows by source, and drops by reason")
     if "tokenise" in refs:

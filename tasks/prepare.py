@@ -117,7 +117,7 @@ def _download_text(config: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
 
 
 def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
-    from data_prep import clean, sources
+    from data_prep import clean, sources, workers
 
     spec = sources.SourceSpec(
         config["source"],
@@ -127,7 +127,9 @@ def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> 
         min_score_ratio=config["min_score_ratio"],
         max_pairs_per_post=config["max_pairs_per_post"],
     )
-    return clean.clean(spec, inputs["raw"], out, config["max_chars"])
+    arguments = spec, inputs["raw"], out, config["max_chars"]
+    large = sources.rows_of(inputs["raw"]) >= workers.ROWS_WORTH_A_PROCESS
+    return workers.apart(clean.clean, *arguments) if large else clean.clean(*arguments)
 
 
 def _blend(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:

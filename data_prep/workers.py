@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -38,8 +38,11 @@ _stopping = threading.Event()
 def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     """`function(*arguments)` in a process of its own, started when a core is free. What it raises is raised here.
 
+    In a worker of a cluster, which is one of several processes already and may have none of its own, it is a plain call.
     RuntimeError where the process is killed, as for lack of memory or by `stopped_together`.
     """
+    if current_process().daemon:
+        return function(*arguments)
     context = get_context("spawn")
     with _free_cores:
         if _stopping.is_set():

@@ -3,17 +3,28 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prefect import flow, unmapped
+from prefect import Flow, flow, unmapped
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
 from data_prep.workers import stopped_together
 from tasks import data_report, page, prepare, steps, tracking
-from tasks.config import RunConfig
+from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice
 from tasks.stages import StageRef
 from tasks.steps import Run, open_run
 
 Refs = dict[str, StageRef]
+
+
+def preparation(config: RunConfig) -> Flow[[RunConfig, Choice, str], Refs]:
+    """The subflow for a config: it maps the sources over threads, or over the workers of its Dask cluster."""
+    if config.data.cluster is None:
+        return prepare_data
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ImportError:
+        raise ConfigError("data.cluster: prefect-dask is not installed; pip install 'rlhf-flows[dask]'") from None
+    return prepare_data.with_options(task_runner=DaskTaskRunner(address=config.data.cluster))
 
 
 @flow(name="prepare", flow_run_name="prepare {config.name}", persist_result=False, validate_parameters=False)

@@ -134,6 +134,16 @@ class DataConfig(Section):
     max_answer_tokens: Positive = 256
     max_chars: Positive = 20_000
     """Rows with more characters are dropped before they are tokenised."""
+    cluster: str | None = None
+    """Dask scheduler (tcp://host:port) on whose workers the sets are downloaded, cleaned and searched for duplicates;
+    they share the workspace folder and reach the Prefect server. null: this machine. The rows are the same."""
+
+    @field_validator("cluster")
+    @classmethod
+    def _scheduler(cls, cluster: str | None) -> str | None:
+        if cluster is not None and not re.fullmatch(r"(tcp|tls)://[^\s:/]+:\d+", cluster):
+            raise ValueError(f"{cluster} is no address of a Dask scheduler, such as tcp://10.0.0.5:8786")
+        return cluster
 
     @field_validator("phases")
     @classmethod

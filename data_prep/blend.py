@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from data_prep.groups import SIDES, grouped, kinds, rows_of
 from data_prep.keys import fraction, messages_digest
+from data_prep.spread import Mapper
 from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer, write_table
 
 GROUPS_SCHEMA = pa.schema([("name", pa.string()), ("group", pa.string())])
 
 
-def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, out: Path) -> dict[str, Any]:
+def blend(
+    cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, out: Path, mapped: Mapper = map
+) -> dict[str, Any]:
     """Write train.arrow and test.arrow (`tables.PAIR_SCHEMA`) from the cleaned folders of the sources, in their order,
     and groups.arrow (`GROUPS_SCHEMA`): the names that were merged into a group of another name.
 
@@ -32,11 +35,12 @@ def blend(cleaned: Mapping[str, Path], weights: Mapping[str, float], seed: int, 
     pair from an earlier source), near_duplicate (one with a like prompt, like chosen and like rejected answer).
     Returns {"sources": {name: {"train" | "test": {"rows_in", "kept", "drops"}}}, "train", "test", "groups", "leak",
     "leaked_tests"}; the last are the test rows that the dropped train rows would have given away.
-    ValueError for an unknown name, a weight <= 0, or nothing left.
+    mapped: `map`, or another that searches for near-duplicates elsewhere.  ValueError for an unknown name, a weight
+    <= 0, or nothing left.
     """
     _check_weights(cleaned, weights)
-    found = grouped(cleaned)
-    seen = _Seen(kinds(cleaned, found))
+    found = grouped(cleaned, mapped)
+    seen = _Seen(kinds(cleaned, found, mapped))
     counts = {name: {side: _Count() for side in SIDES} for name in cleaned}
     with ExitStack() as stack:
         writers = {side: stack.enter_context(table_writer(out / f"{side}.arrow", PAIR_SCHEMA)) for side in SIDES}

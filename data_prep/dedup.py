@@ -9,7 +9,7 @@ Near-duplicates are the connected components of the pairs found, so the answer d
 nor on who is asked first; it may join two texts that are alike only through a third.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -53,9 +53,20 @@ def shingles(text: str) -> NDArray[np.uint32]:
 
 def signature(text: str) -> NDArray[np.uint32]:
     """[PERMUTATIONS]; the share of equal entries of two signatures estimates the similarity of their texts."""
-    made = MinHash(num_perm=PERMUTATIONS, hashfunc=int, permutations=_permutations(), scheme="affine32")
-    made.update_batch(shingles(text))
-    return np.asarray(made.hashvalues, dtype=np.uint32)
+    return signatures_of([text])[0]
+
+
+def signatures_of(texts: Sequence[str]) -> Signatures:
+    """The signatures of texts, computed together: datasketch's numbers in half its time, which goes by text."""
+    made = np.empty((len(texts), PERMUTATIONS), dtype=np.uint32)
+    if not texts:
+        return made
+    sets = [shingles(text) for text in texts]
+    begins = np.cumsum([0, *map(len, sets[:-1])])
+    mixed = _mixed(np.concatenate(sets))
+    for place, (factor, summand) in enumerate(_permutations().T):  # affine32: wraps around at 2 ** 32, as is meant
+        made[:, place] = np.minimum.reduceat(mixed * factor + summand, begins)
+    return made
 
 
 def clusters(signatures: Signatures, within: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
@@ -80,6 +91,13 @@ def clusters(signatures: Signatures, within: NDArray[np.int64] | None = None) ->
 @cache
 def _permutations() -> NDArray[np.uint32]:
     return np.asarray(MinHash(num_perm=PERMUTATIONS, seed=1).permutations)
+
+
+def _mixed(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """MurmurHash3's finaliser, which datasketch applies to a hash before it permutes it."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        values = (values ^ (values >> np.uint32(shift))) * np.uint32(factor)
+    return values ^ (values >> np.uint32(16))
 
 
 def _band_keys(signatures: Signatures, band: int, apart: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -4,7 +4,8 @@ A group is split as a whole, so what is not found here can leak from train to te
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from data_prep import dedup
 from data_prep.conversation import Message
 from data_prep.keys import messages_digest, prompt_group
+from data_prep.spread import Mapper
 from data_prep.tables import iter_rows
 
 SIDES = ("train", "test")
+SHARD_TEXTS = 1000
 
 
 class Groups:
@@ -59,18 +62,23 @@ class Grouped(NamedTuple):
     """Test rows whose group has train rows as well: what would leak if these stayed."""
 
 
-def grouped(cleaned: Mapping[str, Path]) -> Grouped:
-    """Group the rows of the cleaned folders {source: folder with train.arrow and test.arrow}."""
+def grouped(cleaned: Mapping[str, Path], mapped: Mapper = map) -> Grouped:
+    """Group the rows of the cleaned folders {source: folder with train.arrow and test.arrow}.
+
+    mapped: `map`, or another that makes the signatures of many texts elsewhere.
+    """
     groups = Groups()
     names: dict[str, int] = {}
-    signatures = []
-    for _, _, row in rows_of(cleaned, ["prompt", "group"]):
-        name = prompt_group(row["prompt"])
-        groups.join(row["group"], name)
-        if name not in names:
-            names[name] = len(names)
-            signatures.append(dedup.signature(text_of(row["prompt"])))
-    labels = dedup.clusters(np.stack(signatures)) if signatures else np.empty(0, np.int64)
+
+    def new_prompts() -> Iterator[str]:
+        for _, _, row in rows_of(cleaned, ["prompt", "group"]):
+            name = prompt_group(row["prompt"])
+            groups.join(row["group"], name)
+            if name not in names:
+                names[name] = len(names)
+                yield text_of(row["prompt"])
+
+    labels = dedup.clusters(signatures(new_prompts(), mapped))
     ordered = list(names)
     for place in np.flatnonzero(labels != np.arange(len(labels))):
         groups.join(ordered[place], ordered[labels[place]])
@@ -86,33 +94,44 @@ def grouped(cleaned: Mapping[str, Path]) -> Grouped:
     )
 
 
-def kinds(cleaned: Mapping[str, Path], found: Grouped) -> NDArray[np.int64]:
+def kinds(cleaned: Mapping[str, Path], found: Grouped, mapped: Mapper = map) -> NDArray[np.int64]:
     """[rows, 3] numbers of prompt, chosen and rejected answer; near-duplicates of one prompt share theirs.
 
     Rows in the order of `rows_of`. Rows alone in their group are not looked into; their answers have number -1.
     """
     answers: dict[tuple[int, bytes], int] = {}
-    signatures: list[NDArray[np.uint32]] = []
     within: list[int] = []
-
-    def number(prompt: int, answer: Sequence[Message]) -> int:
-        key = (prompt, messages_digest(answer))
-        if key not in answers:
-            answers[key] = len(answers)
-            signatures.append(dedup.signature(text_of(answer)))
-            within.append(prompt)
-        return answers[key]
-
     rows = []
-    for _, _, row in rows_of(cleaned, ["prompt", "chosen", "rejected", "group"]):
-        prompt = found.prompts[prompt_group(row["prompt"])]
-        alone = found.rows[found.groups.of(row["group"])] == 1
-        rows.append((prompt, *(-1 if alone else number(prompt, row[side]) for side in ("chosen", "rejected"))))
+
+    def new_answers() -> Iterator[str]:
+        for _, _, row in rows_of(cleaned, ["prompt", "chosen", "rejected", "group"]):
+            prompt = found.prompts[prompt_group(row["prompt"])]
+            numbers = [prompt, -1, -1]
+            if found.rows[found.groups.of(row["group"])] > 1:
+                for place, side in ((1, "chosen"), (2, "rejected")):
+                    key = (prompt, messages_digest(row[side]))
+                    numbers[place] = answers.setdefault(key, len(answers))
+                    if len(answers) > len(within):
+                        within.append(prompt)
+                        yield text_of(row[side])
+            rows.append(numbers)
+
+    made = signatures(new_answers(), mapped)
     result = np.array(rows, dtype=np.int64).reshape(len(rows), 3)
-    if signatures:
-        labels = np.r_[dedup.clusters(np.stack(signatures), np.array(within)), -1]  # -1 stays -1
-        result[:, 1:] = labels[result[:, 1:]]
+    labels = np.r_[dedup.clusters(made, np.array(within, dtype=np.int64)), -1]  # -1 stays -1
+    result[:, 1:] = labels[result[:, 1:]]
     return result
+
+
+def signatures(texts: Iterable[str], mapped: Mapper = map) -> dedup.Signatures:
+    """[N, PERMUTATIONS] of the texts, by shards."""
+    return np.concatenate([dedup.signatures_of([]), *mapped(dedup.signatures_of, _shards(texts))])
+
+
+def _shards(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while shard := list(islice(texts, SHARD_TEXTS)):
+        yield shard
 
 
 def rows_of(cleaned: Mapping[str, Path], columns: list[str] | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:

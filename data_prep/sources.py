@@ -6,8 +6,11 @@ only what differs from set to set.
 """
 
 import difflib
+import logging
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,13 +18,18 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from data_prep.kinds import UNIFIED, Kind, check_columns, unified
 from data_prep.local_files import read_local
 
 Row = Mapping[str, Any]
+HUB_TIMEOUT = 20.0
+"""Seconds that the hub has to say which commit a branch points to."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -178,21 +186,35 @@ def source_of(spec: SourceSpec) -> Source:
     return SOURCES[spec.name] if spec.is_known else OTHER
 
 
-def download(spec: SourceSpec, hub: str | None, out: Path) -> dict[str, Any]:
+def revision_of(spec: SourceSpec) -> str:
+    """The commit or branch of the hub that a source is read at."""
+    return spec.revision or source_of(spec).revision
+
+
+def download(spec: SourceSpec, hub: str | None, out: Path, commit: str | None = None) -> dict[str, Any]:
     """Bring a source's rows into `out` as {split}/NNNN.parquet.
 
     hub: a mirror folder in the hub's layout (`<hub>/<name>/...`), or None for the hub itself (`HF_ENDPOINT`, `HF_TOKEN`
-    and `HF_HUB_OFFLINE` count there).  Returns rows by split, bytes, and the revision: the resolved commit, or "local".
+    and `HF_HUB_OFFLINE` count there).  commit: the one that is wanted, where the branch may move on meanwhile.  Returns
+    rows by split, bytes, and the revision: the resolved commit, or "local".
     ValueError for what the user can mend, ConnectionError where the hub does not answer (worth another try).
     """
     if spec.path is not None:
         rows = _write_local(spec, Path(spec.path), out)
         revision = "local"
     else:
-        root, revision = _mirror(spec, Path(hub)) if hub is not None else _snapshot(spec)
+        if hub is not None:
+            root, revision = mirror_folder(spec.name, Path(hub)), "local"
+        else:
+            root, revision = snapshot(spec.name, revision_of(spec), ["data/*.parquet", "*/*/*.parquet"], commit)
         rows = _copy_parquet(spec, root, out) if spec.is_known else _write_other(spec, root, out)
     size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
     return {"rows": rows, "bytes": size, "revision": revision}
+
+
+def rows_of(folder: Path) -> int:
+    """The rows that `download` left in a folder."""
+    return sum(pq.read_metadata(file).num_rows for file in folder.rglob("*.parquet"))
 
 
 def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
@@ -200,7 +222,7 @@ def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
 
 
 def _write_other(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
-    files = {split: _split_files(root, split) for split in ("train", "test")}
+    files = {split: split_files(root, split) for split in ("train", "test")}
     if not files["train"]:
         raise ValueError(
             f"{spec.name} in {root} has no Parquet files of the split train: complete it, or name another."
@@ -222,19 +244,51 @@ def _write_unified(spec: SourceSpec, split: str, tables: Iterable[pa.Table], out
     return rows
 
 
-def _mirror(spec: SourceSpec, hub: Path) -> tuple[Path, str]:
-    if not (hub / spec.name).is_dir():
-        raise ValueError(f"The mirror {hub} has no folder {spec.name}: correct data.hub, or leave this source out.")
-    return hub / spec.name, "local"
+def mirror_folder(name: str, hub: Path) -> Path:
+    """The folder of a set in a mirror."""
+    if not (hub / name).is_dir():
+        raise ValueError(f"The mirror {hub} has no folder {name}: correct data.hub, or leave this source out.")
+    return hub / name
 
 
-def _snapshot(spec: SourceSpec) -> tuple[Path, str]:
-    revision = spec.revision or source_of(spec).revision
-    where = f"{spec.name} (revision {revision})"
+def commit_of(name: str, revision: str) -> str:
+    """The commit that a set's branch on the hub points to now.
+
+    Offline, or where the hub does not answer, the one that was last downloaded.  ValueError for what the user can mend,
+    ConnectionError where neither is to be had.
+    """
+    if _COMMIT.fullmatch(revision):
+        return revision
     try:
-        folder = snapshot_download(
-            spec.name, repo_type="dataset", revision=revision, allow_patterns=["data/*.parquet", "*/*/*.parquet"]
-        )
+        with _hub_errors(f"{name} (revision {revision})"):
+            return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT).sha)
+    except ConnectionError as error:
+        kept = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset") / "refs" / revision
+        if not kept.is_file():
+            raise
+        if not is_offline_mode():
+            logging.getLogger(__name__).warning("%s What was last downloaded is taken.", error)
+        return kept.read_text().strip()
+
+
+def snapshot(name: str, revision: str, patterns: list[str], commit: str | None = None) -> tuple[Path, str]:
+    """The folder with a set's files that match a pattern, from the hub, and its commit.
+
+    commit: the one that is wanted, where the branch `revision` may have moved on.  ValueError for what the user can
+    mend, ConnectionError where the hub does not answer.
+    """
+    with _hub_errors(f"{name} (revision {revision})"):
+        # By the branch first, so that the client keeps what it points to, for later runs offline.
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        if commit not in (None, folder.name):  # the client names a snapshot's folder by its commit
+            folder = Path(snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=patterns))
+    return folder, folder.name
+
+
+@contextmanager
+def _hub_errors(where: str) -> Iterator[None]:
+    try:
+        yield
     except GatedRepoError as error:
         raise ValueError(f"{where} is gated: accept its terms on the hub and set HF_TOKEN.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -244,19 +298,20 @@ def _snapshot(spec: SourceSpec) -> tuple[Path, str]:
         raise ConnectionError(
             f"The hub gave no answer for {where}: go online, or name a mirror folder with data.hub. ({reason})"
         ) from error
-    return Path(folder), Path(folder).name  # the hub client names a snapshot's folder by its commit
 
 
-def _split_files(root: Path, split: str) -> list[Path]:
-    """The split's files, in the layout of main (data/train-00000-of-00001.parquet) or of the hub's conversion."""
-    return sorted(root.glob(f"data/{split}-*.parquet")) or sorted(root.glob(f"*/{split}/*.parquet"))
+def split_files(root: Path, split: str) -> list[Path]:
+    """The split's Parquet files, in the layout of main (train-00000-of-00001.parquet, there or in data/) or of the
+    hub's conversion (a folder per split)."""
+    layouts = (f"data/{split}-*.parquet", f"{split}-*.parquet", f"*/{split}/*.parquet")
+    return next((found for layout in layouts if (found := sorted(root.glob(layout)))), [])
 
 
 def _copy_parquet(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
     source = source_of(spec)
     rows = {}
     for split in (split for splits in source.sides.values() for split in splits):
-        files = _split_files(root, split)
+        files = split_files(root, split)
         if not files:
             raise ValueError(f"{spec.name} in {root} has no Parquet files of the split {split}: complete the mirror.")
         (out / split).mkdir()

@@ -96,6 +96,12 @@ def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
     return table.select(columns) if columns else table
 
 
+def count_rows(path: Path) -> int:
+    """The rows of a table, without reading them."""
+    with pa.memory_map(str(path)) as source:
+        return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+
+
 def iter_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a table one by one, a record batch in memory at a time."""
     with pa.memory_map(str(path)) as source:

@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from data_prep import workers
 from data_prep.keys import messages_digest
 from data_prep.splits import PHASES, SIDES
-from data_prep.tables import MESSAGES, iter_rows, table_writer
+from data_prep.tables import MESSAGES, count_rows, iter_rows, table_writer
 from data_prep.tokenizer import (
     answer_ids,
     answer_text,
@@ -76,16 +77,16 @@ def tokenise(
     """
     tokenizer = load_tokenizer(tokenizer_dir)
     limits = Limits(max_prompt_tokens, max_answer_tokens)
-    metrics: dict[str, dict[str, Any]] = {}
-    for phase in PHASES:
-        for side in SIDES:
-            name = f"{phase}-{side}.arrow"
-            if (split_dir / name).is_file():
-                counts = _tokenise_file(split_dir / name, phase, tokenizer, limits, out / name)
-                metrics.setdefault(phase, {})[side] = counts
-                _check_left(phase, side, counts, limits)
-    if not metrics:
+    every = [(phase, side, f"{phase}-{side}.arrow") for phase in PHASES for side in SIDES]
+    files = [(phase, side, name) for phase, side, name in every if (split_dir / name).is_file()]
+    if not files:
         raise ValueError(f"The folder {split_dir} holds no split tables: run the split step first.")
+    paths = [split_dir / name for _, _, name in files]
+    calls = [(_tokenise_file, split_dir / name, phase, tokenizer, limits, out / name) for phase, _, name in files]
+    metrics: dict[str, dict[str, Any]] = {}
+    for (phase, side, _), counts in zip(files, workers.each(calls, rows=map(count_rows, paths)), strict=True):
+        metrics.setdefault(phase, {})[side] = counts
+        _check_left(phase, side, counts, limits)
     return metrics
 
 

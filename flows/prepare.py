@@ -3,16 +3,28 @@
 from collections.abc import Iterator
 from typing import Any
 
-from prefect import flow, unmapped
+from prefect import Flow, flow, unmapped
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from data_prep.workers import stopped_together
 from tasks import data_report, page, prepare, steps, tracking
-from tasks.config import RunConfig
+from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice
 from tasks.stages import StageRef
 from tasks.steps import Run, open_run
 
 Refs = dict[str, StageRef]
+
+
+def preparation(config: RunConfig) -> Flow[[RunConfig, Choice, str], Refs]:
+    """The subflow for a config: it maps the sources over threads, or over the workers of its Dask cluster."""
+    if config.data.cluster is None:
+        return prepare_data
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ImportError:
+        raise ConfigError("data.cluster: prefect-dask is not installed; pip install 'rlhf-flows[dask]'") from None
+    return prepare_data.with_options(task_runner=DaskTaskRunner(address=config.data.cluster))
 
 
 @flow(name="prepare", flow_run_name="prepare {config.name}", persist_result=False, validate_parameters=False)
@@ -26,10 +38,11 @@ def prepare_data(config: RunConfig, choice: Choice, run_id: str) -> Refs:
     """
     run = open_run(config, choice, run_id)
     refs: Refs = {}
-    for made in _steps(run, refs):
-        refs |= made
-        if choice.is_reached(run.graph, refs):
-            break
+    with stopped_together():
+        for made in _steps(run, refs):
+            refs |= made
+            if choice.is_reached(run.graph, refs):
+                break
     if lines := data_report.data_table(refs):
         create_table_artifact(rows_by_source(lines), key="data", description="Rows by source, and drops by reason")
     if "tokenise" in refs:
@@ -52,20 +65,23 @@ def _report(run: Run, refs: Refs) -> None:
 def _steps(run: Run, refs: Refs) -> Iterator[Refs]:
     """The steps in order. Each yields what it made, and finds all that was made before it in `refs`."""
     sources = list(run.config.data.sources)
+    downloads = [node.source for node in run.graph.values() if node.stage == "download"]
     for key in ("base", "reward-base"):
         if key in run.graph and not run.graph[key].inputs:  # a model that is there already: checked before all else
             yield {key: prepare.base(run, key, refs, return_state=True).result()}
     if "demo" in run.graph:
         yield {"demo": prepare.demo(run, return_state=True).result()}
-    raw = prepare.download.map(unmapped(run), sources, unmapped(refs)).result()
-    yield {f"download:{name}": ref for name, ref in zip(sources, raw, strict=True)}
-    cleaned = prepare.clean.map(unmapped(run), sources, raw).result()
+    raw = prepare.download.map(unmapped(run), downloads, unmapped(refs)).result()
+    yield {f"download:{name}": ref for name, ref in zip(downloads, raw, strict=True)}
+    cleaned = prepare.clean.map(unmapped(run), sources, raw[: len(sources)]).result()
     yield {f"clean:{name}": ref for name, ref in zip(sources, cleaned, strict=True)}
     yield {"blend": prepare.blend(run, refs, return_state=True).result()}
     yield {"split": prepare.split(run, refs["blend"], return_state=True).result()}
     if "base" not in refs:
         yield {"base": prepare.base(run, "base", refs, return_state=True).result()}
     yield {"tokenise": prepare.tokenise(run, refs["split"], refs["base"], return_state=True).result()}
+    if "ptx" in run.graph:
+        yield {"ptx": prepare.ptx(run, refs, return_state=True).result()}
 
 
 def rows_by_source(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.prepare import prepare_data
+from flows.prepare import preparation
 from flows.promotion import promotion
 from tasks import (
     dag,
@@ -130,7 +130,7 @@ def retrain(
 def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
     """The steps in order; the run may end at each yield."""
     refs = outcome.refs
-    refs |= prepare_data(run.config, run.choice, run.run_id)
+    refs |= preparation(run.config)(run.config, run.choice, run.run_id)
     yield
     refs["sft"] = train.sft(run, refs, return_state=True).result()
     yield

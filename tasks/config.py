@@ -39,6 +39,10 @@ SIX_SETS = (
 )
 
 
+UNSUPERVISED = "unsupervised"
+"""What the unsupervised text is called among the sources."""
+
+
 class ConfigError(ValueError):
     """A config that a user can mend; the message says how."""
 
@@ -76,6 +80,43 @@ class DemoData(Section):
     seed: int = 0
 
 
+class TextConfig(Section):
+    """Unsupervised text for PPO's language-model loss, read when `ppo.ptx_coef` is above 0."""
+
+    name: str | None = None
+    """A set on the hub, for example Salesforce/wikitext."""
+    subset: str | None = None
+    """The folder of the set's files, where it has several, for example wikitext-2-raw-v1."""
+    path: str | None = None
+    """A local .txt (a line a row), JSON, JSONL, CSV or Parquet file, or a folder of them, instead."""
+    revision: str | None = None
+    """Commit or branch on the hub; None: main."""
+    column: str = "text"
+    train_split: str = "train"
+    eval_split: str | None = None
+    """None: `data.eval_fraction` of the documents."""
+    document_start: str | None = None
+    """A row that matches this regular expression begins a document, for WikiText ` = [^=]+ = $`; None: every row is
+    one."""
+    chunk_tokens: Positive = 256
+    """Tokens in a row that is trained on."""
+
+    @field_validator("document_start")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "TextConfig":
+        if (self.name is None) == (self.path is None):
+            raise ValueError("needs either a name (of a set on the hub) or a path (of local text)")
+        return self
+
+
 class DataConfig(Section):
     hub: str | None = None
     """Folder in hub layout that is read instead of the Hugging Face hub."""
@@ -83,6 +124,7 @@ class DataConfig(Section):
     """Generate the six sets instead of reading them."""
     sources: dict[str, SourceConfig] = Field(default_factory=lambda: {name: SourceConfig() for name in SIX_SETS})
     """Hub name of a set (or any label, with `path`) -> how it is read."""
+    unsupervised: TextConfig | None = None
     phases: tuple[PositiveFloat, ...] = (2, 4, 3, 1)
     """Shares of SFT : reward model : PPO : judge, a second reward model that PPO never sees; [2, 4, 4]: no judge."""
     eval_fraction: float = Field(0.05, gt=0, lt=0.5)
@@ -92,6 +134,16 @@ class DataConfig(Section):
     max_answer_tokens: Positive = 256
     max_chars: Positive = 20_000
     """Rows with more characters are dropped before they are tokenised."""
+    cluster: str | None = None
+    """Dask scheduler (tcp://host:port) on whose workers the sets are downloaded, cleaned and searched for duplicates;
+    they share the workspace folder and reach the Prefect server. null: this machine. The rows are the same."""
+
+    @field_validator("cluster")
+    @classmethod
+    def _scheduler(cls, cluster: str | None) -> str | None:
+        if cluster is not None and not re.fullmatch(r"(tcp|tls)://[^\s:/]+:\d+", cluster):
+            raise ValueError(f"{cluster} is no address of a Dask scheduler, such as tcp://10.0.0.5:8786")
+        return cluster
 
     @field_validator("phases")
     @classmethod
@@ -108,6 +160,8 @@ class DataConfig(Section):
     def _some_source(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         if not sources:
             raise ValueError("names no source; leave it out for the six sets")
+        if UNSUPERVISED in sources:
+            raise ValueError(f"{UNSUPERVISED} is no name for a source; text without answers goes to data.unsupervised")
         return sources
 
     @model_validator(mode="after")
@@ -239,6 +293,8 @@ class TrainConfig(Section):
 
 
 class SFTConfig(TrainConfig):
+    prompt_loss: bool = False
+    """Prompts are learnt as well as answers."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
 
 
@@ -439,6 +495,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"models.policy.positions is {self.models.policy.positions}, but data.max_prompt_tokens + "
                 f"data.max_answer_tokens is {longest}; raise the one or lower the others"
+            )
+        text = self.data.unsupervised
+        if isinstance(self.models.policy, TinyModel) and text and self.models.policy.positions < text.chunk_tokens:
+            raise ValueError(
+                f"models.policy.positions is {self.models.policy.positions}, but data.unsupervised.chunk_tokens is "
+                f"{text.chunk_tokens}; raise the one or lower the other"
             )
         return self
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.config import SIX_SETS, ConfigError, RunConfig, SourceConfig, TinyModel
+from tasks.config import SIX_SETS, UNSUPERVISED, ConfigError, RunConfig, SourceConfig, TinyModel
 from tasks.stages import Stage, StageRef
 
-STAGES = ("demo", "download", "clean", "blend", "split", "base", "tokenise", "sft", "reward", "ppo", "evaluate")
+STAGES = ("demo", "download", "clean", "blend", "split", "base", "tokenise", "ptx", "sft", "reward", "ppo", "evaluate")
 """The stages that leave a directory; `--force` takes one of them."""
 STEPS = (*STAGES, "register", "promote")
 """What a run does, by the names that `--from` and `--until` take."""
@@ -100,12 +100,26 @@ def workspace(config: RunConfig) -> Path:
 
 
 def stage(config: RunConfig, node: Node, refs: Mapping[str, StageRef]) -> Stage:
-    """A node with its inputs, ready to be looked up or made; `refs` are finished stages by key."""
+    """A node with its inputs, ready to be looked up or made; `refs` are finished stages by key.
+
+    Raises ConnectionError for a set of the hub that gives no answer, where nothing of it was downloaded before.
+    """
     inputs = {role: refs[key] for role, key in node.inputs.items()}
     settings = node.config
+    if node.stage == "download" and settings["path"] is None and settings["hub"] is None and "demo" not in inputs:
+        settings = {**settings, "commit": _commit(settings)}
     if node.stage == "split":
         settings = {**settings, "homes": _homes(settings, inputs["blend"].directory, ledger_file(workspace(config)))}
     return Stage(node.stage, workspace(config), settings, inputs, node.roots)
+
+
+def _commit(download: Mapping[str, Any]) -> str:
+    """The commit on the hub that a set is read at: a run notices rows that were added since the last one."""
+    from data_prep.sources import SOURCES, commit_of
+
+    name, revision = download["source"], download["revision"]
+    known = SOURCES[name].revision if name in SOURCES else "main"
+    return commit_of(name, revision or known)
 
 
 def ledger_file(workspace: Path) -> Path:
@@ -180,6 +194,8 @@ def _sources(config: RunConfig) -> list[Node]:
         demo = {"pairs": data.demo.pairs, "seed": data.demo.seed}
         nodes.append(Node("demo", "demo", demo, {}, ("data_prep.demo",)))
     nodes += [_download(config, name, source) for name, source in data.sources.items()]
+    if config.ppo.ptx_coef > 0:
+        nodes.append(_text(config))
     nodes += [_clean(config, name, source) for name, source in data.sources.items()]
     return nodes
 
@@ -201,7 +217,7 @@ def _download(config: RunConfig, name: str, source: SourceConfig) -> Node:
     }
     inputs = {}
     if source.path is not None:
-        settings |= _local_file(name, Path(source.path).expanduser())
+        settings |= _local_file(f"data.sources.{name}", Path(source.path).expanduser())
     elif config.data.demo is not None:
         inputs = {"demo": "demo"}
     elif config.data.hub is not None:
@@ -209,9 +225,33 @@ def _download(config: RunConfig, name: str, source: SourceConfig) -> Node:
     return Node(f"download:{name}", "download", settings, inputs, ("data_prep.sources",))
 
 
-def _local_file(name: str, path: Path) -> dict[str, Any]:
+def _text(config: RunConfig) -> Node:
+    """The raw unsupervised text."""
+    text = config.data.unsupervised
+    if text is None:
+        raise ConfigError(
+            f"ppo.ptx_coef is {config.ppo.ptx_coef:g}, but there is no unsupervised text; name some as "
+            "data.unsupervised, or set ppo.ptx_coef: 0"
+        )
+    settings: dict[str, Any] = {
+        "source": text.name or Path(text.path or "").name,
+        "subset": text.subset,
+        "path": None,
+        "revision": text.revision,
+        "column": text.column,
+        "splits": [text.train_split, text.eval_split],
+        "hub": None,
+    }
+    if text.path is not None:
+        settings |= _local_file("data.unsupervised", Path(text.path).expanduser())
+    elif config.data.hub is not None:
+        settings |= _mirror(str(text.name), Path(config.data.hub).expanduser())
+    return Node(f"download:{UNSUPERVISED}", "download", settings, {}, ("data_prep.unsupervised",))
+
+
+def _local_file(where: str, path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ConfigError(f"data.sources.{name}.path: there is no file or folder {path}; correct the path")
+        raise ConfigError(f"{where}.path: there is no file or folder {path}; correct the path")
     files = path.iterdir() if path.is_dir() else [path]
     return {"path": str(path.resolve()), "files": _signature(path if path.is_dir() else path.parent, files)}
 
@@ -262,7 +302,16 @@ def _data(config: RunConfig) -> list[Node]:
         tiny = {"model": config.models.policy.model_dump(mode="json"), "seed": seed}
         nodes.append(Node("base", "base", tiny, {"split": "split"}, ("tasks.base",), launched=True))
     inputs = {"split": "split", "base": "base"}
-    return [*nodes, Node("tokenise", "tokenise", limits, inputs, ("data_prep.tokenise",))]
+    nodes.append(Node("tokenise", "tokenise", limits, inputs, ("data_prep.tokenise",)))
+    if config.ppo.ptx_coef > 0 and data.unsupervised is not None:
+        text = {
+            "chunk_tokens": data.unsupervised.chunk_tokens,
+            "document_start": data.unsupervised.document_start,
+            "eval_fraction": data.eval_fraction,
+        }
+        inputs = {"raw": f"download:{UNSUPERVISED}", "base": "base"}
+        nodes.append(Node("ptx", "ptx", text, inputs, ("data_prep.unsupervised",)))
+    return nodes
 
 
 def _training(config: RunConfig) -> list[Node]:
@@ -274,10 +323,11 @@ def _training(config: RunConfig) -> list[Node]:
     reward = {"reward": config.reward.model_dump(mode="json"), **common}
     ppo = {"ppo": config.ppo.model_dump(mode="json"), **common, **answers}
     data = {"data": "tokenise", "split": "split"}
+    text = {"text": "ptx"} if config.ppo.ptx_coef > 0 else {}
     return [
         _trained("sft", sft, {**data, "base": "base"}),
         _trained("reward", reward, {**data, "base": reward_base}),
-        _trained("ppo", ppo, {**data, "sft": "sft", "reward": "reward"}),
+        _trained("ppo", ppo, {**data, **text, "sft": "sft", "reward": "reward"}),
         Node(
             "evaluate",
             "evaluate",

@@ -12,8 +12,11 @@ Line = tuple[str, str, str]
 
 def measured(first: Version, second: Version) -> list[Line]:
     """The figures of both versions, by the tags that registration and promotion left."""
-    names = [name for name in {**first.tags, **second.tags} if name.startswith(("metric.", "gate."))]
-    return [(name.partition(".")[2], first.tags.get(name, ""), second.tags.get(name, "")) for name in sorted(names)]
+    lines = []
+    for prefix, title in (("metric.", ""), ("gate.", "gate ")):
+        names = sorted(name for name in {**first.tags, **second.tags} if name.startswith(prefix))
+        lines += [(title + n.removeprefix(prefix), first.tags.get(n, ""), second.tags.get(n, "")) for n in names]
+    return lines
 
 
 def made(first: Record, second: Record) -> list[Line]:

@@ -58,6 +58,7 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "tokenise": lambda m: (
         f"{sum(t['sum'] for sides in m.values() for side in sides.values() for t in side['tokens'].values()):,} tokens"
     ),
+    "ptx": lambda m: f"{m['train']['chunks']:,} chunks of unsupervised text",
     "sft": lambda m: f"perplexity {m['perplexity']:.2f}",
     "reward": lambda m: f"accuracy {_percent(m['accuracy'])}",
     "ppo": lambda m: f"reward {m['first_reward']:+.2f} → {m['reward']:+.2f}, KL {m['kl']:.2f}",

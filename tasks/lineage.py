@@ -157,13 +157,27 @@ def _walk(directory: Path, workspace: Path, digest: str | None, steps: dict[str,
         role: _walk(workspace / read["stage"] / read["fingerprint"], workspace, read["digest"], steps)
         for role, read in manifest["inputs"].items()
     }
+    if (ancestor := _ancestor(manifest)) is not None:
+        steps |= {step: kept for step, kept in ancestor["steps"].items() if step not in steps}
+        inputs["started from"] = ancestor["root"]
     kept = {key: manifest[key] for key in KEPT if key in manifest}
     steps[name] = tracking.redacted(kept) | {"inputs": inputs}
     return name
 
 
+def _ancestor(manifest: Mapping[str, Any]) -> Record | None:
+    """The record of the registered model that a base model is, if it is one (`tasks.registered`) and keeps a record."""
+    if not str(manifest["config"].get("revision")).startswith("models:/"):
+        return None
+    file = Path(manifest["config"]["model"]).parent / LINEAGE_FILE
+    record: Record | None = json.loads(file.read_text()) if file.is_file() else None
+    return record
+
+
 def _base(step: Mapping[str, Any]) -> tuple[str, str]:
     model = step["config"]["model"]
+    if str(step["config"].get("revision")).startswith("models:/"):
+        return str(step["config"]["revision"]), ""  # the folder that it was read from says less
     if isinstance(model, str):
         return model, str(step["metrics"].get("revision") or step["config"].get("revision") or "local")
     return "random weights, " + ", ".join(f"{key} {value}" for key, value in model.items()), ""

@@ -14,8 +14,10 @@ from pydantic import BaseModel
 from infra.machine import gpu_count
 from infra.shipped import SHIPPED
 from tasks import dag, stages
-from tasks.config import ConfigError, RunConfig
+from tasks.config import ConfigError, RunConfig, TinyModel
 from tasks.dag import Choice, Node
+from tasks.fit import Gpu, Setting, cheapest, of_ppo, of_training
+from tasks.shapes import Shape, shape_of_model
 from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
 
@@ -70,6 +72,51 @@ def together(lines: Sequence[Line]) -> list[list[Line]]:
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Whether a training stage, as it is configured, fits its GPU, and the fastest setting that does."""
+
+    stage: str
+    setting: Setting
+    fits: bool
+    cheapest: Setting | None
+
+
+def will_it_fit(config: RunConfig, gpu: Gpu, gpus: int) -> list[Fit]:
+    """A Fit per training stage. ConfigError for a model of no known kind, or whose config.json is not here."""
+    policy = _shape(config.models.policy, "models.policy")
+    reward = policy if config.models.reward is None else _shape(config.models.reward, "models.reward")
+    prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
+    options = {
+        "sft": of_training(config.sft, policy, True, prompt + answer, gpus, gpu),
+        "reward": of_training(config.reward, reward, False, prompt + answer, gpus, gpu),
+        "ppo": of_ppo(config.ppo, policy, reward, prompt, answer, gpus, gpu),
+    }
+    configured = {
+        "sft": (config.sft.engine, config.sft.lora),
+        "reward": (config.reward.engine, config.reward.lora),
+        "ppo": (config.ppo.policy_engine, config.ppo.policy_lora),
+    }
+    found = []
+    for stage, settings in options.items():
+        engine, lora = configured[stage]
+        own = next(setting for setting in settings if (setting.engine, setting.lora) == (engine, lora))
+        found.append(Fit(stage, own, own.memory.needed <= gpu.memory, cheapest(settings, gpu.memory)))
+    return found
+
+
+def gpus_of(config: RunConfig) -> int:
+    """GPUs of the run's infrastructure; 1 where that is a CPU or a block of the user's own."""
+    return int(SHIPPED.get(config.infrastructure, {}).get("gpus_per_node", 1))
+
+
+def _shape(model: str | TinyModel, where: str) -> Shape:
+    shape = shape_of_model(model)
+    if shape is None:
+        raise ConfigError(f"--gpu needs the sizes of {where}, but {model} has no config.json here; download it first")
+    return shape
+
+
 def check_machine(config: RunConfig) -> None:
     """ConfigError if the run wants a GPU, or a precision that only GPUs have, and this machine has none for it."""
     device = SHIPPED.get(config.infrastructure, {}).get("device")
@@ -115,7 +162,10 @@ def _line(config: RunConfig, choice: Choice, node: Node, refs: Mapping[str, Stag
     if waits:
         why = f"after {waits[-1].partition(':')[0]}"
         return Line(node.key, node.stage, False, why, reads, None, {}), None
-    stage = dag.stage(config, node, refs)
+    try:
+        stage = dag.stage(config, node, refs)
+    except ConnectionError:
+        return Line(node.key, node.stage, False, "the hub gives no answer", reads, None, {}), None
     if choice.forces(node.stage):
         return Line(node.key, node.stage, False, "forced", reads, stage.directory, {}), None
     ref = stages.finished(stage)

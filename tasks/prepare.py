@@ -7,9 +7,11 @@ from typing import Any
 from filelock import FileLock
 from prefect import task
 
+from data_prep import spread
+from data_prep.spread import Mapper
 from tasks import dag
 from tasks.stages import Stage, StageRef
-from tasks.steps import STAGE, Run, make
+from tasks.steps import STAGE, Run, Work, make
 
 Refs = Mapping[str, StageRef]
 
@@ -47,7 +49,7 @@ def clean(run: Run, name: str, raw: StageRef) -> Any:
 @task(name="blend", task_run_name="blend", **STAGE)
 def blend(run: Run, cleaned: Refs) -> Any:
     """All sources in one set, by weight, without copies."""
-    return make(run, "blend", cleaned, work)
+    return make(run, "blend", cleaned, _spread(run))
 
 
 @task(name="split", task_run_name="split", **STAGE)
@@ -76,31 +78,61 @@ def tokenise(run: Run, split: StageRef, base: StageRef) -> Any:
     return make(run, "tokenise", {"split": split, "base": base}, work)
 
 
-def work(stage: Stage, out: Path) -> Mapping[str, Any]:
+@task(name="ptx", task_run_name="cut the unsupervised text", **STAGE)
+def ptx(run: Run, refs: Refs) -> Any:
+    """Unsupervised text as chunks of token ids."""
+    return make(run, "ptx", refs, work)
+
+
+def _spread(run: Run) -> Work:
+    """`work`, with the shards of a stage spread over the run's Dask cluster, if it has one."""
+    address = run.config.data.cluster
+    if address is None:
+        return work
+
+    def on_cluster(stage: Stage, out: Path) -> Mapping[str, Any]:
+        with spread.over_cluster(address) as mapped:
+            return work(stage, out, mapped)
+
+    return on_cluster
+
+
+def work(stage: Stage, out: Path, mapped: Mapper = map) -> Mapping[str, Any]:
     """Make one of these stages in `out`. Returns its metrics."""
     inputs = {role: ref.directory for role, ref in stage.inputs.items()} | {"ledger": dag.ledger_file(stage.workspace)}
-    return WORK[stage.name](stage.config, inputs, out)
+    return WORK[stage.name](stage.config, inputs, out, mapped)
 
 
 # The imports are late: a run whose stages are all there needs none of what makes them, and they take seconds.
 
 
-def _demo(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+def _demo(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
     from data_prep import demo
 
     return demo.write_hub(out, config["seed"], config["pairs"])
 
 
-def _download(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+def _download(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
+    if "column" in config:
+        return _download_text(config, out)
     from data_prep import sources
 
     spec = sources.SourceSpec(config["source"], path=config["path"], revision=config["revision"], kind=config["kind"])
     hub = str(inputs["demo"]) if "demo" in inputs else config["hub"]
-    return sources.download(spec, hub, out)
+    return sources.download(spec, hub, out, config.get("commit"))
 
 
-def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
-    from data_prep import clean, sources
+def _download_text(config: Mapping[str, Any], out: Path) -> Mapping[str, Any]:
+    from data_prep import unsupervised
+
+    where = {name: config[name] for name in ("subset", "path", "revision", "column")}
+    train, test = config["splits"]
+    spec = unsupervised.TextSpec(config["source"], **where, train=train, test=test)
+    return unsupervised.download_text(spec, config["hub"], out, config.get("commit"))
+
+
+def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
+    from data_prep import clean, sources, workers
 
     spec = sources.SourceSpec(
         config["source"],
@@ -110,36 +142,46 @@ def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> 
         min_score_ratio=config["min_score_ratio"],
         max_pairs_per_post=config["max_pairs_per_post"],
     )
-    return clean.clean(spec, inputs["raw"], out, config["max_chars"])
+    arguments = spec, inputs["raw"], out, config["max_chars"]
+    large = sources.rows_of(inputs["raw"]) >= workers.ROWS_WORTH_A_PROCESS
+    return workers.apart(clean.clean, *arguments) if large else clean.clean(*arguments)
 
 
-def _blend(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+def _blend(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
     from data_prep import blend
 
     cleaned = {name: inputs[name] for name in config["order"]}
-    return blend.blend(cleaned, config["weights"], config["seed"], out)
+    return blend.blend(cleaned, config["weights"], config["seed"], out, mapped)
 
 
-def _split(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+def _split(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
     from data_prep import splits
 
     settings = config["phases"], config["eval_fraction"], config["seed"]
     return splits.split(inputs["blend"], *settings, out, inputs["ledger"])
 
 
-def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> Mapping[str, Any]:
+def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
     from data_prep import tokenise
 
     tokenizer = inputs["base"] / "tokenizer"
     return tokenise.tokenise(inputs["split"], tokenizer, config["max_prompt_tokens"], config["max_answer_tokens"], out)
 
 
-WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path], Mapping[str, Any]]] = {
+def _ptx(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
+    from data_prep import unsupervised
+
+    settings = config["chunk_tokens"], config["document_start"], config["eval_fraction"]
+    return unsupervised.chunk(inputs["raw"], inputs["base"] / "tokenizer", *settings, out)
+
+
+WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path, Mapper], Mapping[str, Any]]] = {
     "demo": _demo,
     "download": _download,
     "clean": _clean,
     "blend": _blend,
     "split": _split,
     "tokenise": _tokenise,
+    "ptx": _ptx,
 }
-"""Stage -> what makes it: (config, inputs by role, directory) -> metrics."""
+"""Stage -> what makes it: (config, inputs by role, directory, `map` for its shards) -> metrics."""

@@ -307,7 +307,7 @@ def _is_installed(name: str) -> bool:
 def _commit_of_the_repo() -> dict[str, Any]:
     """The git commit of the code and whether it was changed since; empty where there is no git."""
     try:
-        git = ["git", "-C", str(REPO)]
+        git = ["git", "--no-optional-locks", "-C", str(REPO)]  # a run is in no way of a commit by hand
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

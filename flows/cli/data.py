@@ -65,19 +65,22 @@ def _counts(config: "RunConfig", refs: "Mapping[str, StageRef]") -> None:
     ]
     _section("Cleaned and blended")
     console.console.print(console.table(("source", *numbers, "dropped"), lines, right=numbers))
-    phases = [
+    metrics = refs["tokenise"].metrics
+    phases = [name for name in data_report.PHASES if name in metrics]
+    tokenised = [
         (f"{name} {side}", f"{counts['rows_in']:,}", f"{counts['kept']:,}", _reasons(counts["drops"]))
-        for name, sides in refs["tokenise"].metrics.items()
-        for side, counts in sides.items()
+        for name in phases
+        for side, counts in metrics[name].items()
     ]
     _section("Tokenised")
-    console.console.print(console.table(("phase", *numbers, "dropped"), phases, right=numbers))
+    console.console.print(console.table(("phase", *numbers, "dropped"), tokenised, right=numbers))
     rows = stats.phase_table(folder)
-    _section("Rows per phase")
+    _section("Rows per phase, train + held out")
     cells = (
-        (_short(name), *(f"{count:,}" for count in line)) for name, line in zip(rows.index, rows.values, strict=True)
+        (_short(name), *(f"{row[f'{phase}-train']:,} + {row[f'{phase}-eval']:,}" for phase in phases))
+        for name, row in rows.iterrows()
     )
-    console.console.print(console.table(("source", *rows.columns), cells, right=tuple(rows.columns)))
+    console.console.print(console.table(("source", *phases), cells, right=phases))
     lengths = stats.token_table(stats.token_lengths(folder))
     _section("Tokens per train row")
     shown = (

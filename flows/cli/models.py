@@ -56,8 +56,9 @@ def models(
     with tracking.registry_lock(store):  # an alias that was moved by hand is noticed by who looks
         moves = {name: promoting.follow(store, name) for name in names if name.endswith(registered.POLICY)}
     if history:
-        lines = [(name, *_move(move)) for name, known in moves.items() for move in known]
-        console.console.print(console.table(("model", "when", "champion", "", "by", "why"), lines))
+        for name, known in moves.items():
+            for move in known:
+                console.console.print(_move(name, move), soft_wrap=True)
     else:
         lines = [_line(version) for name in names for version in tracking.versions(store, name)]
         console.console.print(console.table(("model", "version", "aliases", "metrics", "registered"), lines))
@@ -147,6 +148,9 @@ def _line(version: "Version") -> tuple[str, ...]:
     return version.name, str(version.version), aliases, ", ".join(measured), registered
 
 
-def _move(move: "Move") -> tuple[str, ...]:
+def _move(name: str, move: "Move") -> str:
+    from rich.markup import escape
+
     at = f"{datetime.fromisoformat(move.at).astimezone():%Y-%m-%d %H:%M:%S}"
-    return at, f"{move.before or 'none'} → {move.after or 'none'}", move.kind, move.by, move.why
+    step = f"{move.before or 'none'} → {move.after or 'none'}"
+    return f"{at}  [bold]{name}[/] {step}  {move.kind}, {escape(move.by)}\n  [dim]{escape(move.why)}[/]"

@@ -30,7 +30,9 @@ Force = Annotated[
     str | None,
     typer.Option("--force", metavar="STAGE", help="Make this stage anew even if it is finished; others as needed."),
 ]
-STEPS = "Steps: demo, download, clean, blend, split, base, tokenise, sft, reward, ppo, evaluate, register, promote."
+STEPS = (
+    "Steps: demo, download, clean, blend, split, base, tokenise, ptx, sft, reward, ppo, evaluate, register, promote."
+)
 
 
 def run(
@@ -52,13 +54,17 @@ def plan(
     from_: From = None,
     until: Until = None,
     force: Force = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="GPU", help="Also say whether it fits this GPU: h100, a100-40 ..., or its GiB."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show what a run would do: its stages in order, what is cached, what would run and why. Changes nothing."""
     from tasks import plan as planning
     from tasks.headlines import headline_of_many
 
-    parsed, choice = checked(config, set_, from_, until, force)
+    parsed, choice = checked(config, set_, from_, until, force, here=gpu is None)
     lines = planning.plan(parsed, choice)
     shown = [
         (
@@ -72,6 +78,40 @@ def plan(
     console.console.print(console.table(("stage", "", "result, or why it runs", "reads"), shown))
     cached = sum(line.cached for line in lines)
     console.console.print(f"\n{cached} of {len(lines)} stages cached, {len(lines) - cached} would run.")
+    if gpu is not None:
+        show_fit(parsed, gpu)
+
+
+def show_fit(config: "RunConfig", name: str) -> None:
+    """The memory and the time of each training stage on a GPU, term by term, and the fastest setting that fits."""
+    from tasks import plan as planning
+    from tasks.fit import GIB, gpu_of
+
+    gpu, gpus = gpu_of(name), planning.gpus_of(config)
+    fits = planning.will_it_fit(config, gpu, gpus)
+    rows = []
+    for fit in fits:
+        memory = fit.setting.memory
+        terms = [f"{term} {size / GIB:.1f}" for term, size in vars(memory).items() if size > 0.05 * GIB]
+        verdict = "[green]fits[/]" if fit.fits else "[red]does not fit[/]"
+        rows.append(
+            (
+                console.title(fit.stage),
+                verdict,
+                f"{memory.needed / GIB:.1f}",
+                f"{fit.setting.seconds:.2f}",
+                ", ".join(terms),
+            )
+        )
+    console.console.print(f"\nOn {gpus} x {name} with {gpu.memory / GIB:.0f} GiB, estimated per GPU:")
+    console.console.print(console.table(("stage", "", "GiB", "s a step", "of which GiB"), rows))
+    for fit in fits:
+        if fit.cheapest is None:
+            said = "no setting fits; lower the micro-batch, or take a larger GPU"
+        else:
+            said = f"the fastest that fits is {fit.cheapest.name}"
+        if fit.cheapest != fit.setting:
+            console.console.print(f"{console.title(fit.stage)}: {said}.")
 
 
 def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":
@@ -106,15 +146,21 @@ def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":
 
 
 def checked(
-    config: Path, overrides: list[str] | None, from_: str | None, until: str | None, force: str | None
+    config: Path,
+    overrides: list[str] | None,
+    from_: str | None,
+    until: str | None,
+    force: str | None,
+    here: bool = True,
 ) -> "tuple[RunConfig, Choice]":
-    """Config and choice, with all that can be said against them before any work."""
+    """Config and choice, with all that can be said against them before any work; of this machine only with `here`."""
     from tasks import dag, plan, registered
     from tasks.config import load
 
     parsed = registered.pinned(load(config, overrides or ()))
     choice = dag.Choice(from_, until, force)
     choice.check(dag.graph(parsed))
-    plan.check_machine(parsed)
+    if here:
+        plan.check_machine(parsed)
     plan.check_finished(parsed, choice)
     return parsed, choice

@@ -56,11 +56,15 @@ def chunks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
         yield rows[begin : begin + size]
 
 
-def language_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> LanguageBatch:
-    """Rows with `prompt` and `answer` token ids -> one packed row; its answers are learnt."""
+def language_batch(rows: Sequence[Mapping[str, Any]], device: torch.device, prompt_loss: bool = False) -> LanguageBatch:
+    """Rows with `prompt` and `answer` token ids -> one packed row; its answers are learnt, or all of its tokens."""
     row = packed([row["prompt"] + row["answer"] for row in rows], device)
     begins = row.cu_seqlens[:-1].tolist()
-    learnt = [begin + place for begin, row in zip(begins, rows, strict=True) for place in learnt_places(row)]
+    learnt = [
+        begin + place
+        for begin, row in zip(begins, rows, strict=True)
+        for place in (range(1, language_tokens(row)) if prompt_loss else learnt_places(row))
+    ]
     return LanguageBatch(row, torch.tensor(learnt, device=device))
 
 

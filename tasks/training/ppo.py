@@ -124,16 +124,13 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def read(job: Job, config: PPOConfig) -> Data:
-    """The tables of a run. Raises ValueError if they are too small, or there is no text for PTX."""
+    """The tables of a run. Raises ValueError if they are too small."""
     prompts = read_table(job.inputs["data"] / "ppo-train.arrow")
     check_batch(config.rollout_batch_size, len(prompts), "ppo.rollout_batch_size")
     check_batch(config.batch_size, config.pool_size, "ppo.batch_size")
     if config.ptx_coef == 0:
         return Data(prompts, None)
-    path = job.inputs["data"] / "ptx-train.arrow"
-    if not path.exists():
-        raise ValueError("ppo.ptx_coef needs unsupervised text; name some as data.unsupervised, or set ppo.ptx_coef: 0")
-    text = read_table(path)
+    text = read_table(job.inputs["text"] / "ptx-train.arrow")
     check_batch(config.ptx_batch_size, len(text), "ppo.ptx_batch_size")
     return Data(prompts, text)
 

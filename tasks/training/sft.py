@@ -37,7 +37,7 @@ def run(job: Job) -> dict[str, Any]:
     engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "sft.engine")
 
     def collate(rows: Any) -> LanguageBatch:
-        return language_batch(rows, job.device)
+        return language_batch(rows, job.device, config.prompt_loss)
 
     def loss_of(batch: LanguageBatch) -> torch.Tensor:
         return -engine(batch.row, batch.learnt).logprobs.sum()
@@ -46,19 +46,19 @@ def run(job: Job) -> dict[str, Any]:
         return torch.tensor(len(batch.learnt), device=job.device)
 
     fit(job, config, engine, train, collate, language_tokens, loss_of, weight_of, seed)
-    metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
+    metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), job.device, config)
     job.log(steps, {f"sft/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
     export(engine.module, tokenizer, job.directory / "model")
     return {"steps": steps, "train_rows": len(train), **metrics}
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: SFTConfig) -> dict[str, Any]:
+def evaluate(engine: Engine, table: datasets.Dataset, device: torch.device, config: SFTConfig) -> dict[str, Any]:
     """Loss in nats per answer token and perplexity over held-out rows, whole and per source."""
     engine.module.eval()
     sums = []
     for part in own_share(table.to_list(), language_tokens, config.micro_batch_tokens):
-        batch = collate(part)
+        batch = language_batch(part, device)
         logprobs = engine(batch.row, batch.learnt).logprobs.split([len(learnt_places(row)) for row in part])
         sums += [
             {"source": row["source"], "nll": -float(answer.sum()), "tokens": len(answer)}

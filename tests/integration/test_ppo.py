@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,7 +60,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for number in range(12):
             messages = [Message(role="user", content=f"{TEXTS[number % 3]} {number}")]
             writer.append({"prompt": prompt_ids(tokenizer, messages), "messages": messages, "source": "mine"})
-    return {name: folder / name for name in ("data", "sft", "reward")}
+    (folder / "split").mkdir()
+    np.save(folder / "split" / "ppo-keys.npy", np.arange(5, dtype=np.uint64))
+    return {name: folder / name for name in ("data", "split", "sft", "reward")}
 
 
 def start(directory: Path, inputs: dict[str, Path], processes: int, stage: int) -> list[subprocess.Popen[str]]:

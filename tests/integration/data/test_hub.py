@@ -34,6 +34,22 @@ except Exception as error:
     print(json.dumps({"error": type(error).__name__, "text": str(error)}))
 """
 
+# The step of a run: which commit is read is a part of its identity.
+STEP = """
+import json, sys
+from tasks import dag, prepare, stages
+from tasks.config import parse
+name, revision, workspace = sys.argv[1:]
+config = parse({"workspace": workspace, "data": {"sources": {name: {"revision": revision or None}}}})
+node = dag.graph(config)["download:" + name]
+try:
+    stage = dag.stage(config, node, {})
+    made = stages.run(stage, lambda out: prepare.work(stage, out))
+    print(json.dumps({"cached": made.cached, "commit": stage.config["commit"], **made.metrics}))
+except Exception as error:
+    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+"""
+
 
 def parquet(rows: int, text: str = "x") -> bytes:
     table = pa.table({column: [f"{column} {text} {row}" for row in range(rows)] for column in ("prompt", "chosen")})
@@ -42,11 +58,13 @@ def parquet(rows: int, text: str = "x") -> bytes:
     return buffer.getvalue()
 
 
-def get(hub: Hub, home: Path, out: Path, revision: str = "", name: str = NAME, **environment: str) -> dict[str, Any]:
+def get(
+    hub: Hub, home: Path, out: Path, revision: str = "", name: str = NAME, program: str = PROGRAM, **environment: str
+) -> dict[str, Any]:
     """What a download gives, or its error as {"error", "text"}; `home` is the client's cache."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": str(REPO), **environment}
-    command = [sys.executable, "-c", PROGRAM, name, revision, str(out)]
+    command = [sys.executable, "-c", program, name, revision, str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
     assert TOKEN not in done.stdout + done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -134,3 +152,46 @@ def test_an_unknown_revision_and_a_branch_with_slashes(hub: Hub, tmp_path: Path)
     missing = get(hub, tmp_path / "home", tmp_path / "out2", "v9", name=name)
     assert missing["error"] == "ValueError"
     assert "The hub has no stanfordnlp/SHP (revision v9): correct the source's revision" in missing["text"]
+
+
+def test_a_run_notices_new_data_and_else_downloads_nothing(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None:
+    first = hub.commit(NAME, files)
+
+    def run(**options: str) -> dict[str, Any]:
+        hub.asked.clear()
+        return get(hub, tmp_path / "home", tmp_path / "workspace", program=STEP, **options)
+
+    made = run()
+    assert (made["cached"], made["commit"], made["revision"]) == (False, first, first)
+    again = run()
+    assert (again["cached"], again["commit"]) == (True, first)
+    assert [path.rpartition("/")[2] for _, path, _ in hub.asked] == ["main"], "one question: what is main?"
+    second = hub.commit(NAME, {TRAIN: parquet(7, "new"), TEST: parquet(3, "new")})
+    newer = run()
+    assert (newer["cached"], newer["revision"], newer["rows"]) == (False, second, {"train": 7, "test": 3})
+    pinned = run(revision=first)
+    assert (pinned["commit"], pinned["rows"]["train"]) == (first, 20_000)
+    assert run(revision=first)["cached"]
+    assert hub.asked == [], "a commit needs no question"
+    # Without the hub, a run goes on with what was downloaded last.
+    assert run(HF_HUB_OFFLINE="1") == {**newer, "cached": True}
+    assert hub.asked == []
+    hub.too_many["revision"] = 99
+    assert run() == {**newer, "cached": True}
+
+
+def test_a_branch_that_moves_between_the_question_and_the_download(
+    hub: Hub, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    first = hub.commit(NAME, files)
+    hub.after_revision = lambda: hub.commit(NAME, {TRAIN: parquet(7, "new"), TEST: parquet(3, "new")})
+    made = get(hub, tmp_path / "home", tmp_path / "workspace", program=STEP)
+    assert (made["commit"], made["revision"], made["rows"]["train"]) == (first, first, 20_000)
+
+
+def test_a_run_of_a_set_that_is_not_to_be_had(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None:
+    missing = get(hub, tmp_path / "home", tmp_path / "workspace", program=STEP)
+    assert missing["error"] == "ValueError"
+    assert "The hub has no Dahoas/rm-static (revision main)" in missing["text"]
+    hub.url = "http://127.0.0.1:9"  # discard: nobody listens
+    assert get(hub, tmp_path / "home", tmp_path / "workspace", program=STEP)["error"] == "ConnectionError"

@@ -4,7 +4,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from datasketch import MinHash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import dedup
@@ -60,6 +60,12 @@ def test_a_signature_is_datasketchs() -> None:
     assert made.hashvalues.tolist() == dedup.signature(text).tolist()
 
 
+def test_texts_do_not_mix_when_their_signatures_are_made_together() -> None:
+    made = [*texts()[:50], "", "one", "one two three", "!"]
+    assert dedup.signatures_of(made).tolist() == [dedup.signature(text).tolist() for text in made]
+    assert dedup.signatures_of([]).shape == (0, dedup.PERMUTATIONS)
+
+
 def test_signatures_estimate_the_similarity() -> None:
     made = texts(1)
     errors = []
@@ -71,6 +77,7 @@ def test_signatures_estimate_the_similarity() -> None:
     assert np.std(errors) < 0.05
 
 
+@settings(deadline=None)
 @given(st.permutations(range(40)), st.integers(0, 3))
 def test_the_order_of_texts_does_not_matter(order: list[int], seed: int) -> None:
     made = texts(seed)[:40]

@@ -127,8 +127,9 @@ def test_history_shows_every_move_one_by_hand_too(tmp_path: Path) -> None:
     promote(store, "chat-policy", 1, why="first of all")
     tracking.set_alias(store, "chat-policy", "champion", 2)
     said = " ".join(call("models", "--history", "--workspace", tmp_path).output.split())
-    assert "none → 1 promotion" in said
-    assert "1 → 2 by hand unknown" in said
+    assert "chat-policy none → 1 promotion" in said
+    assert "(first of all)" in said
+    assert "chat-policy 1 → 2 by hand, unknown" in said
     assert "champion" in call("models", "--workspace", tmp_path).output
     result = call("rollback", "reward-x", "--workspace", tmp_path)
     assert result.exit_code == errors.USER

@@ -42,7 +42,7 @@ def test_every_stage_has_its_code(config: RunConfig) -> None:
     from tasks.stages import code_digest
 
     digests = {node.stage: code_digest(node.roots) for node in dag.graph(config).values()}
-    assert set(digests) == set(dag.STAGES)
+    assert set(digests) == set(dag.STAGES) - {"ptx"}
     assert len(set(digests.values())) == len(digests)
 
 
@@ -66,6 +66,20 @@ def test_a_change_touches_the_stages_that_it_is_about(
 ) -> None:
     before = dag.graph(parse(tree))
     assert changed(before, with_(tree, **change)) == keys
+
+
+def test_unsupervised_text_is_read_for_its_loss_alone(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A line.\n")
+    before = with_(tree, data__unsupervised={"path": str(tmp_path / "text.txt")})
+    assert "ptx" not in before
+    after = with_(tree, ppo__ptx_coef=0.5)
+    assert changed(before, after) == {"download:unsupervised", "ptx", "ppo"}
+    assert after["ppo"].inputs["text"] == "ptx"
+    assert changed(after, with_(tree, data__unsupervised__chunk_tokens=64)) == {"ptx"}
+    with pytest.raises(ConfigError, match=r"ppo\.ptx_coef is 0\.5, but there is no unsupervised text; name some"):
+        with_(tree, data__unsupervised=None)
+    with pytest.raises(ConfigError, match=r"data\.unsupervised\.path: there is no file or folder /nowhere"):
+        with_(tree, data__unsupervised={"path": "/nowhere"})
 
 
 def test_options_of_one_source_clean_only_that_source(tree: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tasks import dag, plan
 from tasks.config import ConfigError, RunConfig, parse
 from tasks.dag import Choice
+from tasks.fit import GPUS
 from tasks.stages import StageRef
 
 ROOT = Path(__file__).parents[3]
@@ -25,6 +27,17 @@ def test_nothing_is_made_yet(config: RunConfig) -> None:
     assert would_run(lines)["ppo"] == "after reward"
     assert len(would_run(lines)) == len(dag.graph(config))
     assert not Path(config.workspace).exists()
+
+
+def test_a_hub_that_gives_no_answer(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(name: str, revision: str) -> str:
+        raise ConnectionError("The hub gave no answer.")
+
+    monkeypatch.setattr("data_prep.sources.commit_of", down)
+    tree["data"] = {"sources": tree["data"]["sources"]}
+    waiting = would_run(plan.plan(parse(tree)))
+    assert waiting["download:stanfordnlp/SHP"] == "the hub gives no answer"
+    assert waiting["clean:stanfordnlp/SHP"] == "after download"
 
 
 def test_all_is_cached_and_says_what_came_out(config: RunConfig, make_all: MakeAll) -> None:
@@ -92,3 +105,22 @@ print(sorted({{"torch", "prefect", "mlflow", "transformers", "datasets", "pandas
 """
     printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+def test_a_fit_names_the_configured_setting_and_the_fastest_that_fits() -> None:
+    config = parse({"models": {"policy": {"hidden_size": 2048, "layers": 24, "heads": 32, "vocab_size": 49152}}})
+    fits = {fit.stage: fit for fit in plan.will_it_fit(config, GPUS["a100-40"], 1)}
+    assert list(fits) == ["sft", "reward", "ppo"]
+    assert fits["sft"].setting.engine == config.sft.engine
+    assert not fits["sft"].fits
+    assert fits["sft"].cheapest is not None
+    assert fits["sft"].cheapest.memory.needed <= GPUS["a100-40"].memory
+    assert fits["sft"].cheapest.lora is None
+    assert fits["ppo"].setting.memory.needed > fits["sft"].setting.memory.needed
+    assert all(fit.fits for fit in plan.will_it_fit(config, replace(GPUS["h200"], memory=1e12), 1))
+
+
+def test_a_fit_needs_the_models_sizes(tmp_path: Path) -> None:
+    config = parse({"models": {"policy": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=r"--gpu needs the sizes of models\.policy, but .* has no config\.json here"):
+        plan.will_it_fit(config, GPUS["h100"], 1)

@@ -29,6 +29,25 @@ def test_sources_that_a_config_names_are_all_there_are(file: Path) -> None:
         load(file, ["data.sources.own.weight=2"])
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ({}, "needs either a name"),
+        ({"name": "a/b", "path": "c"}, "needs either a name"),
+        ({"path": "c", "document_start": "("}, "document_start: is no regular expression"),
+    ],
+)
+def test_unsupervised_text_that_is_none(text: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse({"data": {"unsupervised": text}})
+
+
+def test_chunks_have_to_fit_the_model() -> None:
+    text = {"path": "text.txt", "chunk_tokens": 4096}
+    with pytest.raises(ConfigError, match=r"positions is 1024, but data\.unsupervised\.chunk_tokens is 4096"):
+        parse({"data": {"unsupervised": text}, "models": {"policy": {}}})
+
+
 def test_phases_are_three_or_four() -> None:
     assert parse({}).data.phases == (2, 4, 3, 1)
     assert parse({"data": {"phases": [2, 4, 4]}}).data.phases == (2, 4, 4)

@@ -3,9 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from data_prep.tables import PAIR_SCHEMA, write_table
 from data_prep.tokenise import SCHEMAS
+from flows.cli.main import app
 from tasks import data_report, steps
 from tasks.config import RunConfig, parse
 from tasks.stages import Stage, StageRef, run
@@ -42,6 +45,8 @@ def prepared(tmp_path: Path) -> Callable[..., dict[str, StageRef]]:
         return run(Stage(key.partition(":")[0], tmp_path, {"key": key, **more}, {}, ()), work)
 
     def tokenised(out: Path) -> None:
+        for phase in ("sft", "reward"):
+            write_table([], out / f"{phase}-eval.arrow", SCHEMAS[phase])
         write_table([{"prompt": [1] * 4, "answer": [1] * 6, "source": RM}] * 3, out / "sft-train.arrow", SCHEMAS["sft"])
         row = {"prompt": [1] * 2, "chosen": [1] * 3, "rejected": [1], "weight": 1.0}
         rows = [{**row, "source": name} for name in (RM, OWN, OWN)]
@@ -54,8 +59,11 @@ def prepared(tmp_path: Path) -> Callable[..., dict[str, StageRef]]:
     def refs(ties: int = 3) -> dict[str, StageRef]:
         cleaned = {"total": {"rows_in": 10, "kept": 10 - ties, "drops": {"tie": ties}}}
         phases = {
-            "sft": {"train": {"kept": 3, "drops": {"prompt_too_long": 2}}},
-            "reward": {"train": {"kept": 3, "drops": {}}, "eval": {"kept": 1234, "drops": {}}},
+            "sft": {"train": {"rows_in": 5, "kept": 3, "drops": {"prompt_too_long": 2}}},
+            "reward": {
+                "train": {"rows_in": 3, "kept": 3, "drops": {}},
+                "eval": {"rows_in": 1234, "kept": 1234, "drops": {}},
+            },
         }
         return {
             f"download:{RM}": made(f"download:{RM}", {"revision": "0" * 40}),
@@ -110,6 +118,25 @@ def test_sources_have_revision_digest_and_rows_of_each_phase(
     refs = prepared()
     hub, own = steps.sources(config, refs)
     assert (hub.name, hub.path, hub.revision, hub.digest) == (RM, None, "0" * 40, refs[f"download:{RM}"].digest)
-    assert hub.rows == {"rows.sft-train": 3, "rows.reward-train": 1}
-    assert own.rows == {"rows.sft-train": 0, "rows.reward-train": 2}
+    held_out = {"rows.sft-eval": 0, "rows.reward-eval": 0}
+    assert hub.rows == {"rows.sft-train": 3, "rows.reward-train": 1} | held_out
+    assert own.rows == {"rows.sft-train": 0, "rows.reward-train": 2} | held_out
     assert own.path == str(refs[f"download:{OWN}"].directory)
+
+
+def test_command_prints_counts_and_lengths(
+    config: RunConfig, prepared: Callable[..., dict[str, StageRef]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refs = prepared()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    monkeypatch.setattr("tasks.plan.finished", lambda config, until: refs)
+    result = CliRunner().invoke(app, ["data", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "own 10 7 tie 3" in text
+    assert "sft train 5 3 prompt too long 2" in text
+    assert "rm-static 3 + 0 1 + 0" in text
+    assert "sft sequence total 3 10 10 10 10 10 30" in text
+    result = CliRunner().invoke(app, ["data", str(tmp_path / "run.yaml"), "--show", "1", "--phase", "judge"])
+    assert result.exit_code == 2
+    assert "this run has no judge-train rows" in result.output

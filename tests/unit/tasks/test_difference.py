@@ -33,9 +33,9 @@ def test_figures_stand_side_by_side_and_a_missing_one_is_empty() -> None:
     first = version(1, metric__win_rate="0.5", digest="a", gate__kl="passed: ...")
     second = version(2, metric__win_rate="0.6", metric__ppo_kl="2.5", digest="b")
     assert difference.measured(first, second) == [
-        ("kl", "passed: ...", ""),
         ("ppo_kl", "", "2.5"),
         ("win_rate", "0.5", "0.6"),
+        ("gate kl", "passed: ...", ""),
     ]
 
 

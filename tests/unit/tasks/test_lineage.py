@@ -107,6 +107,22 @@ def test_impact_finds_the_versions_that_a_revision_went_into(store):
         lineage.impact(store, "Dahoas/rm-static", "fff")
 
 
+def test_a_warm_start_answers_for_its_ancestors_too(store):
+    workspace = Path(store.workspace)
+    first = chain(workspace, "tainted")
+    ancestor = registered(store, "warm-policy", first)
+    folder = Path(ancestor.source.removeprefix("file://"))
+    base = made(workspace, "base", model=str(folder / "model"), revision="models:/warm-policy/1")
+    sft = made(workspace, "sft", {"base": base}, {"perplexity": 2.5}, "warm")
+    record = lineage.gather(made(workspace, "ppo", {"sft": sft}, text="warm").directory)
+    assert record["steps"][f"base/{base.fingerprint}"]["inputs"] == {"started from": f"ppo/{first['ppo'].fingerprint}"}
+    assert {source.revision for source in lineage.sources(record)} == {"tainted", "c0ffee1234"}
+    assert lineage.bases(record) == [("org/base", "b45e"), ("models:/warm-policy/1", "")]
+    child = registered(store, "warm-policy", {"ppo": made(workspace, "ppo", {"sft": sft}, text="warm")})
+    hit = {version.version for version, _ in lineage.impact(store, "Dahoas/rm-static", "tainted")}
+    assert hit == {ancestor.version, child.version}
+
+
 def test_a_version_without_a_record(store, tmp_path):
     number = tracking.register_version(store, "old-policy", tmp_path, None, {"digest": "d"})
     with pytest.raises(ValueError, match=r"old-policy version 1 keeps no lineage\.json"):

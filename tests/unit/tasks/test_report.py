@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks import data_report, page, report
+from tasks.gates import GateResult
 from tasks.stages import Stage, StageRef, run
 
 EVIL = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"
@@ -154,6 +155,15 @@ def test_figures_of_the_run_are_there(summary):
         "1 min 15 s of work in this run",
     ):
         assert expected in text, expected
+
+
+def test_gates_are_shown_with_what_was_wanted_and_measured(summary):
+    passed = GateResult("kl", "KL to the SFT model", "<= 15", True, 4.0, 3.5, 4.5, {})
+    failed = GateResult("tokens", "tokens per answer", "<= sft + 5", False, 30.0, 28.0, 32.0, {"sft": 20.0})
+    text = " ".join(Page(report.render(replace(summary, gates=[passed, failed]))).text.split())
+    assert "KL to the SFT model <= 15 4 [3.5, 4.5] passed" in text
+    assert "tokens per answer <= sft + 5 30 [28, 32], sft 20 failed" in text
+    assert "Gates" not in Page(report.render(summary)).text
 
 
 def test_verdict_that_changes_nothing_says_so(summary):

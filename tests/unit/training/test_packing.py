@@ -91,6 +91,12 @@ def test_learnt_tokens_are_the_answers_but_for_others_turns_and_never_the_first_
     assert batch.row.input_ids[0, batch.learnt].tolist() == [12, 4, 5, 8, 1]
 
 
+def test_prompts_are_learnt_where_they_shall_be():
+    batch = language_batch(ROWS[:2], CPU, prompt_loss=True)
+    assert batch.learnt.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert batch.row.input_ids[0, batch.learnt].tolist() == [4, 5, 6, 7, 8, 9, 10, 1, 12]
+
+
 def test_packed_gives_the_same_with_gradient_checkpointing(policy):
     batch = language_batch(ROWS, CPU)
     policy.train()

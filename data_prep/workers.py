@@ -1,0 +1,105 @@
+"""Processes for what one interpreter would do alone: large sets are cleaned and tokenised on all cores.
+
+    result = apart(clean, spec, raw, out)                            # in a process of its own, when a core is free
+    results = each([(write, a), (write, b)], rows=[90_000, 200])     # at once, if there is enough to do
+
+A small set stays in this process, since a fresh interpreter costs seconds. The files that are written are the same
+either way. A process ends with the one that started it, whatever ends that.
+"""
+
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import current_process, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+ROWS_WORTH_A_PROCESS = 20_000
+_PR_SET_PDEATHSIG = 1
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+_free_cores = threading.BoundedSemaphore(cores())
+_running: set[SpawnProcess] = set()
+_stopping = threading.Event()
+
+
+def apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """`function(*arguments)` in a process of its own, started when a core is free. What it raises is raised here.
+
+    In a worker of a cluster, which is one of several processes already and may have none of its own, it is a plain call.
+    RuntimeError where the process is killed, as for lack of memory or by `stopped_together`.
+    """
+    if current_process().daemon:
+        return function(*arguments)
+    context = get_context("spawn")
+    with _free_cores:
+        if _stopping.is_set():
+            raise RuntimeError(f"{function.__name__} was not begun: the run is being stopped")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_call, args=(sender, os.getpid(), function, arguments), daemon=True)
+        process.start()
+        _running.add(process)
+        sender.close()
+        try:
+            value, error = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(
+                f"the process of {function.__name__} was ended with code {process.exitcode}; if nobody stopped it, the "
+                "machine ran out of memory: lower max_rows of the data's sources"
+            ) from None
+        finally:
+            process.join()
+            _running.discard(process)
+    if error is not None:
+        raise error
+    return value
+
+
+@contextmanager
+def stopped_together() -> Iterator[None]:
+    """Ends the processes of `apart` when the block ends by an exception, so that no thread goes on waiting for them."""
+    _stopping.clear()
+    try:
+        yield
+    except BaseException:
+        _stopping.set()
+        for process in tuple(_running):
+            process.kill()
+        raise
+
+
+def each(calls: Sequence[tuple[Any, ...]], rows: Iterable[int]) -> list[Any]:
+    """The results of calls (function, *arguments) that read so many rows, in the order of the calls."""
+    sizes = list(rows)
+    if sum(sizes) < ROWS_WORTH_A_PROCESS:
+        return [function(*arguments) for function, *arguments in calls]
+    # The largest first: begun last, it would have one core to itself while the others have none to do.
+    order = sorted(range(len(calls)), key=lambda place: -sizes[place])
+    with ThreadPoolExecutor(cores()) as threads:
+        results = dict(zip(order, threads.map(lambda place: apart(*calls[place]), order), strict=True))
+    return [results[place] for place in range(len(calls))]
+
+
+def _call(sender: Connection, parent: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the new process: dies with the parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
+    try:
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        sender.send((None, error))

@@ -1,0 +1,109 @@
+"""A model's sizes, read from its `config.json`: how many parameters, how much of each token its layers keep."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.config import ConfigError, TinyModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer's sizes, as far as memory and time depend on them."""
+
+    family: str
+    """`gated`: RMSNorm and a gated MLP (Llama, Mistral, Qwen, SmolLM); `opt`; `gpt_neox`."""
+    hidden: int
+    inner: int
+    layers: int
+    query: int
+    """Width of all query heads."""
+    key: int
+    """Width of all key (or value) heads."""
+    vocab: int
+    tied: bool
+    positions: int = 0
+    """Learnt position embeddings."""
+    projected: int = 0
+    """Width of the token embedding where it differs (OPT-350M)."""
+    biased: bool = False
+    """Whether query, key and value have a bias (Qwen2)."""
+    normed_heads: int = 0
+    """Width of a norm over each head's query and key (Qwen3)."""
+    final_norm: bool = True
+
+    @property
+    def linear(self) -> int:
+        """Parameters of the linear layers of all decoder layers."""
+        attention = self.hidden * (2 * self.query + 2 * self.key)
+        return self.layers * (attention + (3 if self.family == "gated" else 2) * self.hidden * self.inner)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the causal language model."""
+        d, width = self.hidden, self.projected or self.hidden
+        total = self.linear + self.vocab * width * (1 if self.tied else 2) + self.positions * d
+        if self.family == "gated":
+            per_layer = 2 * d + 2 * self.normed_heads + (self.query + 2 * self.key if self.biased else 0)
+            return total + self.layers * per_layer + d
+        biases = self.query + 2 * self.key + d + self.inner + d
+        total += self.layers * (4 * d + biases) + (2 * d if self.final_norm else 0)
+        return total + (2 * d * self.projected if self.projected else 0)
+
+    @property
+    def adapted(self) -> int:
+        """Sum over the linear layers of their inputs' and outputs' widths: parameters of adapters of rank 1."""
+        d, q, k, i = self.hidden, self.query, self.key, self.inner
+        return self.layers * (4 * d + 2 * q + 2 * k + (3 if self.family == "gated" else 2) * (d + i))
+
+    def saved(self, compiled: bool) -> float:
+        """Elements that one layer keeps of each token for its backward pass."""
+        attention = self.query * 2 + 2 * self.key  # query, key, value, and what the output projection reads
+        if self.family == "gated":
+            # Gate, its activation, up and their product; compiled, the activation is made again. Each eager RMSNorm
+            # keeps its input in fp32 and its output.
+            return attention + (3 * self.inner + 2.7 * self.hidden if compiled else 4 * self.inner + 6 * self.hidden)
+        mlp = self.inner if self.family == "opt" else 2 * self.inner  # ReLU keeps its output alone, GELU both
+        return attention + mlp + 4 * self.hidden
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape in a model's `config.json`. Raises ConfigError for a family that is not known."""
+    kind = str(config.get("model_type"))
+    known = {"opt": "opt", "gpt_neox": "gpt_neox"} | dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3"), "gated"
+    )
+    if kind not in known:
+        raise ConfigError(f"memory of a {kind} cannot be told; known: {', '.join(sorted(known))}")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    if kind == "opt":
+        projected = config.get("word_embed_proj_dim", hidden)
+        return Shape(
+            "opt", hidden, config["ffn_dim"], config["num_hidden_layers"], hidden, hidden, config["vocab_size"],
+            config.get("tie_word_embeddings", True), config["max_position_embeddings"] + 2,
+            projected if projected != hidden else 0, final_norm=config.get("do_layer_norm_before", True),
+        )  # fmt: skip
+    return Shape(
+        known[kind], hidden, config["intermediate_size"], config["num_hidden_layers"], heads * head,
+        (config.get("num_key_value_heads") or heads) * head, config["vocab_size"],
+        config.get("tie_word_embeddings", False), biased=kind == "qwen2", normed_heads=head if kind == "qwen3" else 0,
+    )  # fmt: skip
+
+
+def shape_of_model(model: str | TinyModel) -> Shape | None:
+    """The shape of a configured model; None where its config.json is not on this machine."""
+    if isinstance(model, TinyModel):
+        width = model.hidden_size
+        return Shape("gated", width, 4 * width, model.layers, width, width, model.vocab_size, tied=True)
+    path = Path(model).expanduser() / "config.json"
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    return shape_of(json.loads(path.read_text()))

@@ -14,17 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tasks.training.packing import is_dense
 from tasks.training.types import Packed
 
 PACKED = "packed"
-FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "gpt2")
 """Model types of which it is tested that no token of a packed row sees another sample."""
 
@@ -75,8 +72,6 @@ def packed_attention(
     if cu_seqlens is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return output, None
-    if query.is_cuda and sliding_window is None and is_dense(cu_seqlens, max_seqlen, query.shape[2]):
-        return _as_batch(query, key, value, max_seqlen, scaling), None
     key, value = (_all_heads(heads, query.shape[1]) for heads in (key, value))
     if query.is_cuda and query.dtype != torch.float32:
         left = -1 if sliding_window is None else sliding_window - 1
@@ -100,15 +95,6 @@ def packed_attention(
 def _all_heads(heads: Tensor, count: int) -> Tensor:
     """Keys or values repeated for every query head that shares them."""
     return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], dim=1)
-
-
-def _as_batch(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None) -> Tensor:
-    """The same where all samples have one length: cuDNN's attention of a plain batch is twice as fast as varlen's."""
-    query, key, value = (_all_heads(heads, query.shape[1]) for heads in (query, key, value))
-    query, key, value = (heads[0].unflatten(1, (-1, length)).transpose(0, 1) for heads in (query, key, value))
-    with sdpa_kernel(FASTEST_FIRST, set_priority=True):
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    return output.transpose(1, 2).flatten(0, 1).unsqueeze(0)
 
 
 def _row_by_row(

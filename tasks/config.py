@@ -225,7 +225,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
     compile_layers: bool = False
-    """Compile the decoder layers, on first use: about a minute, then a quarter faster on a GPU. Not with ZeRO 3."""
+    """Compile the decoder layers on first use, half a minute; steps on a GPU are faster then. Not with ZeRO 3."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's own config, as it writes it, such as {fp16: {initial_scale_power: 12}}."""
 

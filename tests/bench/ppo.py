@@ -57,7 +57,7 @@ class Size:
     prompt: int = 256
     answer: int = 256
     batch: int = 64
-    micro_batch: int = 64
+    micro_batch: int = 32
     precision: Any = "bf16"
     compiled: bool = True
     repeats: int = 5

@@ -29,6 +29,8 @@ BANDS, ROWS = 21, 6
 with 0.28; then the signatures decide."""
 PERMUTATIONS = BANDS * ROWS
 PAIRS_AT_ONCE = 100_000  # 50 MB of signatures on either side
+WINDOW = 32
+"""Texts with the same band that each is compared with; buckets of copies can be very large."""
 _MULTIPLIER = np.uint32(0x9E3779B1)
 
 Signatures = NDArray[np.uint32]
@@ -110,16 +112,21 @@ def _band_keys(signatures: Signatures, band: int, apart: NDArray[np.int64]) -> N
 
 
 def _neighbours(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of places with the same key: each with the one before it and with the first, not each with each."""
+    """Pairs of places with the same key: each with all of its kind, or with `WINDOW` and the first of very many."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(keys) else np.empty(0, np.int64)
     heads = np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
-    places = np.arange(len(keys))
-    follows = places > heads
-    beyond = places > heads + 1
-    first = np.r_[order[places[follows] - 1], order[heads[beyond]]]
-    return first, np.r_[order[places[follows]], order[places[beyond]]]
+    rank = np.arange(len(keys)) - heads
+    beyond = np.flatnonzero(rank > WINDOW)
+    first, second = [order[heads[beyond]]], [order[beyond]]
+    for step in range(1, WINDOW + 1):
+        places = np.flatnonzero(rank >= step)
+        if not len(places):
+            break
+        first.append(order[places - step])
+        second.append(order[places])
+    return np.concatenate(first), np.concatenate(second)
 
 
 def _parts(first: NDArray[np.int64], second: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], ...]]:

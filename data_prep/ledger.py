@@ -110,15 +110,18 @@ class Ledger:
 
     def settle(self, groups: Mapping[str, Group], eval_fraction: float, seed: int) -> dict[str, Home]:
         """The home of every group; what is new or merged is in the ledger from now on (`write` keeps it)."""
-        self._merge({self._home_of[key] for key in group.keys if key in self._home_of} for group in groups.values())
+        several = (group.keys for group in groups.values() if len(group.keys) > 1)
+        self._merge({self._home_of[key] for key in keys if key in self._home_of} for keys in several)
         homes = {}
         for name, group in sorted(groups.items()):
-            keys = [key for key in group.keys if key in self._home_of]
-            home = self._home_of[keys[0]] if keys else SFT_ONLY * group.sft_only + name
-            if not keys:
+            new = [key for key in group.keys if key not in self._home_of]
+            if len(new) == len(group.keys):
+                home = SFT_ONLY * group.sft_only + name
                 self._held_out[home] = group.tested or is_held_out(name, eval_fraction, seed)
-            if len(keys) < len(group.keys):
-                self._home_of.update(dict.fromkeys(group.keys, home))
+            else:
+                home = next(self._home_of[key] for key in group.keys if key in self._home_of)
+            if new:
+                self._home_of.update(dict.fromkeys(new, home))
                 self.changed = True
             homes[name] = Home(home, self._held_out[home])
         return homes

@@ -5,11 +5,11 @@ whether PPO got better or has only learnt to please the first.
 
 A group goes to one phase and one side as a whole: to its home in the split ledger (`data_prep.ledger`), and else by a
 hash of its name, so that the answer does not depend on what else is in the set.  The written files are read again at
-the end, and a group on two sides fails the step.
+the end: a group in two of them fails the step, and so does a prompt that is the same as, or near, one in another.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_prep.keys import fraction
+from data_prep import dedup
+from data_prep.groups import signatures, text_of
+from data_prep.keys import fraction, prompt_group
 from data_prep.ledger import SFT_ONLY, Group, Ledger, keys_of, read_groups
+from data_prep.spread import Mapper
 from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
 
 PHASES = ("sft", "reward", "ppo", "judge")
@@ -38,7 +41,13 @@ def phase_of(group: str, ratio: Sequence[float], seed: int) -> str:
 
 
 def split(
-    blended: Path, phases: Sequence[float], eval_fraction: float, seed: int, out: Path, ledger: Path | None = None
+    blended: Path,
+    phases: Sequence[float],
+    eval_fraction: float,
+    seed: int,
+    out: Path,
+    ledger: Path | None = None,
+    mapped: Mapper = map,
 ) -> dict[str, Any]:
     """Write {phase}-{side}.arrow (`tables.PAIR_SCHEMA`) from train.arrow, test.arrow and groups.arrow of `blended`.
 
@@ -48,7 +57,7 @@ def split(
     without one no group is known.  Beside the tables go the keys of their groups: {phase}-keys.npy (sorted uint64) of
     what the phase trains on, eval-keys.arrow (`KEYS_SCHEMA`) of what is held out.  Returns {phase: {side: {"rows",
     "groups"}}, "left_out": {"trained_before": test rows, "sft_only": SFT-only rows in groups of another phase}}.
-    ValueError for a bad ratio or a file left empty, RuntimeError for a leak.
+    mapped: as in `blend`.  ValueError for a bad ratio or a file left empty, RuntimeError for a leak.
     """
     _check_ratio(phases, eval_fraction)
     names = PHASES[: len(phases)]
@@ -79,6 +88,7 @@ def split(
             )
     written = {key: [row["group"] for row in iter_rows(path, ["group"])] for key, path in paths.items()}
     check_no_leak(written)
+    check_no_prompt_leaks(paths, mapped)
     _write_keys(groups, written, out)
     counts = {
         phase: {side: {"rows": len(written[phase, side]), "groups": len(set(written[phase, side]))} for side in SIDES}
@@ -114,3 +124,37 @@ def check_no_leak(groups: Mapping[tuple[str, str], Iterable[str]]) -> None:
             other = home.setdefault(name, key)
             if other != key:
                 raise RuntimeError(f"The group {name} leaks: it is in {'-'.join(other)} and in {'-'.join(key)}.")
+
+
+def check_no_prompt_leaks(paths: Mapping[tuple[str, str], Path], mapped: Mapper = map) -> None:
+    """RuntimeError that shows a prompt which is the same as, or near, one in another file of {(phase, side): file}.
+
+    The groups that the rows name play no part: the prompts are read and compared anew.
+    """
+    home: dict[str, tuple[str, str]] = {}
+
+    def new_prompts() -> Iterator[str]:
+        for key, path in paths.items():
+            for row in iter_rows(path, ["prompt"]):
+                prompt = prompt_group(row["prompt"])
+                if prompt not in home:
+                    home[prompt] = key
+                    yield text_of(row["prompt"])
+                elif home[prompt] != key:
+                    raise _prompt_leak(text_of(row["prompt"]), home[prompt], key)
+
+    labels = dedup.clusters(signatures(new_prompts(), mapped))
+    homes = list(home.values())
+    for place, label in enumerate(labels):
+        if homes[place] != homes[label]:
+            raise _prompt_leak(_text(paths, list(home)[place]), homes[label], homes[place])
+
+
+def _text(paths: Mapping[tuple[str, str], Path], name: str) -> str:
+    prompts = (row["prompt"] for path in paths.values() for row in iter_rows(path, ["prompt"]))
+    return next(text_of(prompt) for prompt in prompts if prompt_group(prompt) == name)
+
+
+def _prompt_leak(text: str, first: tuple[str, str], second: tuple[str, str]) -> RuntimeError:
+    where = f"{'-'.join(first)} and in {'-'.join(second)}"
+    return RuntimeError(f"A prompt leaks: it, or one that is near it, is in {where}: {text[:200]!r}")

@@ -38,8 +38,8 @@ _stopping = threading.Event()
 def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     """`function(*arguments)` in a process of its own, started when a core is free. What it raises is raised here.
 
-    In a worker of a cluster, which is one of several processes already and may have none of its own, it is a plain call.
-    RuntimeError where the process is killed, as for lack of memory or by `stopped_together`.
+    In a worker of a cluster, which may have no processes of its own, it is a plain call.  RuntimeError where the
+    process is killed, as for lack of memory or by `stopped_together`.
     """
     if current_process().daemon:
         return function(*arguments)

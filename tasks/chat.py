@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep import conversation
 from data_prep.conversation import Message
@@ -38,6 +39,7 @@ class Speaker:
     """A model that answers."""
 
     def __init__(self, name: str, folder: Path, device: torch.device) -> None:
+        disable_progress_bar()  # of loading, which would stand in the conversation
         self.name, self.device = name, device
         self.tokenizer = load_tokenizer(folder)
         self.model = load_policy(folder).model.to(device, _dtype(device)).eval()

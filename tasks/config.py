@@ -225,7 +225,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
     compile_layers: bool = False
-    """Compile the decoder layers, on first use: about a minute, then a quarter faster on a GPU. Not with ZeRO 3."""
+    """Compile the decoder layers on first use, half a minute; steps on a GPU are faster then. Not with ZeRO 3."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's own config, as it writes it, such as {fp16: {initial_scale_power: 12}}."""
 
@@ -285,11 +285,25 @@ class TrainConfig(Section):
     row to itself."""
     checkpoint_every: Positive = 100
     """Optimizer steps between checkpoints."""
+    checkpoint_minutes: PositiveFloat | None = 30.0
+    """At most so many minutes lie between two checkpoints, whatever the steps; null: only the steps count."""
     eval_rows: Positive = 512
     """At most so many held-out samples are evaluated."""
+    eval_every: Positive | None = None
+    """Optimizer steps between evaluations; null: only at the end."""
+    keep_best: bool = False
+    """The stage's model is that of the evaluation with the least loss, not the last one."""
+    patience: Positive | None = None
+    """Training ends after so many evaluations without a lower loss; null: never early."""
     engine: EngineConfig = EngineConfig()
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the whole model; null: the whole model."""
+
+    @model_validator(mode="after")
+    def _evaluations_to_choose_from(self) -> "TrainConfig":
+        if self.eval_every is None and (self.keep_best or self.patience is not None):
+            raise ValueError(f"{'keep_best' if self.keep_best else 'patience'} needs eval_every; set it as well")
+        return self
 
 
 class SFTConfig(TrainConfig):
@@ -302,6 +316,8 @@ class RewardConfig(TrainConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     centering_coef: float = Field(0.0, ge=0)
     """Draws the mean score of each prompt's two answers to zero; 0.01 is usual, 0 is off."""
+    margin: float = Field(0.0, ge=0)
+    """The chosen answer's score shall be above the other's by so much (log-odds); 0: Bradley-Terry as it is."""
 
 
 class SamplingConfig(Section):

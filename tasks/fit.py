@@ -7,15 +7,13 @@ states (Rajbhandari et al. 2020, section 3); saved activations are counted tenso
 GPU reaches are measured ones of a Llama-shaped 1.7B on an H100 (27 % eager and recomputed, 37 % eager, 51 % compiled).
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, TrainConfig
-from tasks.shapes import Shape
+from tasks.shapes import GIB, GPUS, Gpu, Shape, work_of
 
-GIB = 2**30
 CONTEXT = 0.6 * GIB
 """CUDA's own, of one process."""
 SLACK = 1.05
@@ -24,34 +22,6 @@ BUCKET = 5e8
 """Elements of a bucket of gradients that ZeRO sends at once."""
 LOGITS = 2**26
 """Logits of a chunk (tasks/training/logprobs.py), of which five fp32 copies live at once in its backward pass."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One of the GPUs that a stage runs on."""
-
-    memory: float
-    """Bytes that a process can have."""
-    flops: float
-    """Dense, in 16 bit, a second."""
-    bandwidth: float
-    """Bytes a second."""
-
-
-GPUS: Mapping[str, Gpu] = {
-    name: Gpu(size * 0.99 * GIB, flops * 1e12, bandwidth * 1e12)  # a part of the memory is the driver's
-    for name, size, flops, bandwidth in (
-        ("t4", 15, 65, 0.32),
-        ("v100", 32, 112, 0.9),
-        ("a10", 22, 125, 0.6),
-        ("l4", 22, 121, 0.3),
-        ("a6000", 48, 155, 0.77),
-        ("a100-40", 40, 312, 1.55),
-        ("a100", 80, 312, 2.0),
-        ("h100", 80, 989, 3.35),
-        ("h200", 141, 989, 4.8),
-    )
-}
 CPU_ADAM = 0.44e-9
 """Seconds a parameter of an offloaded step, transfers included (1.7B on one H100: 0.75 s)."""
 
@@ -150,13 +120,12 @@ def _pass(shape: Shape, engine: EngineConfig, load: Load) -> Memory:
 
 def seconds(shape: Shape, engine: EngineConfig, lora: LoraConfig | None, load: Load, gpu: Gpu) -> float:
     """Time of an optimizer step of a network on one GPU, without what several GPUs say to each other."""
-    head = shape.vocab * (shape.projected or shape.hidden) if load.scores_tokens else 0
-    attention = 2 * shape.layers * shape.query * load.length  # scores and values, causal: half of 4
-    work: float = 6 * (shape.linear + head) + 3 * attention
+    rows = load.total_tokens / load.length
+    work = rows * work_of(shape, [load.length], load.scores_tokens)
     if lora is not None:
         work = work * 2 / 3  # a frozen weight has no gradient of its own
     share = 0.51 if engine.compile_layers else 0.37
-    time = load.total_tokens * work / (gpu.flops * share) * (4 / 3 if engine.gradient_checkpointing else 1)
+    time = work / (gpu.flops * share) * (4 / 3 if engine.gradient_checkpointing else 1)
     learnt = shape.parameters if lora is None else lora.rank * shape.adapted
     return time * (1.1 if engine.zero_stage == 3 else 1) + (CPU_ADAM * learnt if engine.offload_optimizer else 0)
 

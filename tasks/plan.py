@@ -16,8 +16,8 @@ from infra.shipped import SHIPPED
 from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig, TinyModel
 from tasks.dag import Choice, Node
-from tasks.fit import Gpu, Setting, cheapest, of_ppo, of_training
-from tasks.shapes import Shape, shape_of_model
+from tasks.fit import Setting, cheapest, of_ppo, of_training
+from tasks.shapes import Gpu, Shape, shape_of_model
 from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
 

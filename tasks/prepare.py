@@ -10,7 +10,7 @@ from prefect import task
 from data_prep import spread
 from data_prep.spread import Mapper
 from tasks import dag
-from tasks.stages import Stage, StageRef
+from tasks.stages import Stage, StageRef, read_manifest
 from tasks.steps import STAGE, Run, Work, make
 
 Refs = Mapping[str, StageRef]
@@ -59,7 +59,7 @@ def split(run: Run, blend: StageRef) -> Any:
 
     file = dag.ledger_file(dag.workspace(run.config))
     with FileLock(file.with_name(f".{file.name}.lock")):  # the groups of another run come before or after, not between
-        made = make(run, "split", {"blend": blend}, work)
+        made = make(run, "split", {"blend": blend}, _spread(run))
         # Only now: a split that failed, say for a side left empty, does not bind the next try.
         settings = run.graph["split"].config
         ledger.admit(file, blend.directory, settings["eval_fraction"], settings["seed"])
@@ -158,7 +158,11 @@ def _split(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, map
     from data_prep import splits
 
     settings = config["phases"], config["eval_fraction"], config["seed"]
-    return splits.split(inputs["blend"], *settings, out, inputs["ledger"])
+    metrics = splits.split(inputs["blend"], *settings, out, inputs["ledger"], mapped)
+    blended = read_manifest(inputs["blend"])
+    assert blended is not None, "an input is a finished stage"
+    # After: the split has read its files again, and fails if it finds one.
+    return {**metrics, "leaked_tests": {"before": blended["metrics"]["leaked_tests"], "after": 0}}
 
 
 def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:

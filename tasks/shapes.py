@@ -1,12 +1,43 @@
-"""A model's sizes, read from its `config.json`: how many parameters, how much of each token its layers keep."""
+"""Sizes of models, read from their `config.json`, and of GPUs; what work a model has with a sequence."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.config import ConfigError, TinyModel
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One of the GPUs that a stage runs on."""
+
+    memory: float
+    """Bytes that a process can have."""
+    flops: float
+    """Dense, in 16 bit, a second."""
+    bandwidth: float
+    """Bytes a second."""
+
+
+GPUS: Mapping[str, Gpu] = {
+    name: Gpu(size * 0.99 * GIB, flops * 1e12, bandwidth * 1e12)  # a part of the memory is the driver's
+    for name, size, flops, bandwidth in (
+        ("t4", 15, 65, 0.32),
+        ("v100", 32, 112, 0.9),
+        ("a10", 22, 125, 0.6),
+        ("l4", 22, 121, 0.3),
+        ("a6000", 48, 155, 0.77),
+        ("a100-40", 40, 312, 1.55),
+        ("a100", 80, 312, 2.0),
+        ("h100", 80, 989, 3.35),
+        ("h200", 141, 989, 4.8),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -107,3 +138,17 @@ def shape_of_model(model: str | TinyModel) -> Shape | None:
             return None
         path = Path(cached)
     return shape_of(json.loads(path.read_text()))
+
+
+def work_of(shape: Shape, lengths: Sequence[int], scores_tokens: bool) -> float:
+    """FLOPs that a network needs, forward and backward, to train on sequences: its products and causal attention."""
+    head = shape.vocab * (shape.projected or shape.hidden) if scores_tokens else 0
+    # Of each layer and token: scores and values over half of the sequence, 2 FLOPs each, three times.
+    attention = 6 * shape.layers * shape.query * sum(length * length for length in lengths)
+    return 6 * (shape.linear + head) * sum(lengths) + attention
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense 16-bit FLOP/s of a GPU by the name that CUDA gives it; None for one that is not in the table."""
+    words = re.split(r"[\s-]", device.lower())
+    return next((gpu.flops for name, gpu in GPUS.items() if name.partition("-")[0] in words), None)

@@ -85,7 +85,8 @@ def plan(
 def show_fit(config: "RunConfig", name: str) -> None:
     """The memory and the time of each training stage on a GPU, term by term, and the fastest setting that fits."""
     from tasks import plan as planning
-    from tasks.fit import GIB, gpu_of
+    from tasks.fit import gpu_of
+    from tasks.shapes import GIB
 
     gpu, gpus = gpu_of(name), planning.gpus_of(config)
     fits = planning.will_it_fit(config, gpu, gpus)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -68,14 +69,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     """
     rewards = torch.where(mask, rewards, 0.0)
     values = torch.where(mask, values, 0.0)
-    advantages = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0])
-    following = torch.zeros_like(values[:, 0])
-    for position in reversed(range(values.shape[1])):
-        delta = rewards[:, position] + gamma * following - values[:, position]
+    following = F.pad(values[:, 1:], (0, 1))
+    deltas = (rewards + gamma * following - values).T.contiguous()
+    running = torch.zeros_like(deltas[0])
+    backwards = []
+    for delta in reversed(deltas.unbind()):
         running = delta + gamma * lam * running
-        advantages[:, position] = running
-        following = values[:, position]
+        backwards.append(running)
+    advantages = torch.stack(backwards[::-1], dim=1)
     return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
 
 

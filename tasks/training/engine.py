@@ -171,8 +171,9 @@ def train_engine(
     import deepspeed
 
     _check_device(config, device, where)
-    if config.precision == "fp16" and config.zero_stage == 0:
-        # The same numbers; DeepSpeed's fp16 optimizer without ZeRO cannot be asked whether a step overflows.
+    if config.precision != "fp32" and config.zero_stage == 0:
+        # DeepSpeed's optimizer for half precision without ZeRO cannot be asked whether a step overflows, adds up the
+        # gradients of micro-batches in bf16, and from its second step on leaves the path of fp32 and of ZeRO 1 to 3.
         config = config.model_copy(update={"zero_stage": 1})
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -291,7 +292,7 @@ def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0) -> d
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    ours = {
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # unused: batches are counted by the loops
         "gradient_accumulation_steps": 1,
         "gradient_clipping": gradient_clipping,
@@ -301,6 +302,10 @@ def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0) -> d
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 10**9,
     }
+    if config.precision == "bf16" and config.zero_stage == 1:
+        # Gradients of micro-batches add up in fp32, and those of all parameters lie flat in two buffers, one per group.
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+        ours["bf16"] = {"enabled": True, "immediate_grad_update": True}
     return _merged(ours, config.deepspeed)
 
 

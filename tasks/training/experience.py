@@ -7,7 +7,6 @@ A pool holds the experience of several rollouts, padded to one shape; a mini-bat
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +15,21 @@ from torch import Tensor
 
 from tasks.config import PPOConfig
 from tasks.training.advantages import Moments, explained_variance, gae, token_rewards, whiten
-from tasks.training.batches import at, chunks, left_padded
+from tasks.training.batches import chunks, left_padded
 from tasks.training.decoder import UnsupportedError
 from tasks.training.job import Job, NotFiniteError
 from tasks.training.kl import kl_estimate
-from tasks.training.models import TokenScores
+from tasks.training.logprobs import TokenScores
 from tasks.training.ranks import all_sum, any_rank, rank
 from tasks.training.rollout import generate
 from tasks.training.rollout_slots import Request, Sampling, SlotEngine
-from tasks.training.types import Engine, Experience, Rollout, Sequences
+from tasks.training.types import Engine, Experience, Packed, Rollout, Sequences
 
 MOST_SLOTS = 256
 """Where the config does not say: more answers at a time make a step longer, hardly a rollout faster."""
+
+SCORED_TOGETHER = 4
+"""Micro-batches of one forward pass of scoring, which keeps no activations."""
 
 
 class Networks(NamedTuple):
@@ -109,12 +111,11 @@ def sample(job: Job, config: PPOConfig, networks: Networks, prompts: list[list[i
 
 @torch.no_grad()
 def score(config: PPOConfig, networks: Networks, rollout: Rollout) -> Scored:
-    """What the networks say of a rollout, a micro-batch at a time."""
+    """What the networks say of a rollout, several micro-batches at a time."""
     rows = len(rollout.answer_mask)
-    start = answers_start(rollout.answer_mask, rollout.sequences)
     parts = [
-        _score_part(config, networks, rows_of(rollout.sequences, part), start)
-        for part in chunks(range(rows), config.micro_batch_size)
+        _score_part(config, networks, rows_of(rollout.sequences, part), rollout.answer_mask[part[0] : part[-1] + 1])
+        for part in chunks(range(rows), SCORED_TOGETHER * config.micro_batch_size)
     ]
     reference, values, scores = (torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True))
     logprobs, entropy = rollout.logprobs, None
@@ -177,12 +178,13 @@ def _metrics(scored: Scored, kl: Tensor, returns: Tensor) -> dict[str, float]:
 def distinct_2(rollout: Rollout) -> Tensor:
     """The share of each answer's pairs of neighbouring tokens that are different ones; 1 without pairs. Returns [B]."""
     ids = rollout.sequences.input_ids[:, -rollout.answer_mask.shape[1] :]
-    shares = []
-    for row, mask in zip(ids.tolist(), rollout.answer_mask.tolist(), strict=True):
-        answer = [token for token, kept in zip(row, mask, strict=True) if kept]
-        pairs = list(pairwise(answer))
-        shares.append(len(set(pairs)) / len(pairs) if pairs else 1.0)
-    return torch.tensor(shares, device=ids.device)
+    pairs = torch.where(rollout.answer_mask[:, 1:], (ids[:, :-1] << 32) + ids[:, 1:], -1)
+    count = rollout.answer_mask[:, 1:].sum(1)
+    in_order = pairs.sort(1).values
+    first = torch.ones_like(rollout.answer_mask[:, 1:])
+    first[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+    different = (first & (in_order >= 0)).sum(1)
+    return torch.where(count > 0, different / count.clamp(min=1), 1.0)
 
 
 def pooled(parts: Sequence[Experience]) -> Experience:
@@ -214,21 +216,57 @@ def experience_rows(experience: Experience, rows: Tensor) -> Experience:
 
 
 def _score_part(
-    config: PPOConfig, networks: Networks, sequences: Sequences, start: int
+    config: PPOConfig, networks: Networks, sequences: Sequences, answer_mask: Tensor
 ) -> tuple[TokenScores | None, Tensor, Tensor, Tensor]:
-    policy = None
-    if not config.one_step:
-        policy = networks.policy(sequences, start, config.sampling.temperature, with_entropy=True)
-    reference = networks.reference(sequences, start, config.sampling.temperature).logprobs
-    values = networks.critic(sequences)[:, start - 1 : -1]
-    scores = at(networks.reward_model(sequences), last_token(sequences.attention_mask))
-    return policy, reference, values, scores
+    part = packed_actions(sequences, answer_mask)
+    temperature = config.sampling.temperature
+    policy = None if config.one_step else action_scores(networks.policy, part, temperature, with_entropy=True)
+    reference = action_scores(networks.reference, part, temperature).logprobs
+    scores = networks.reward_model(part.row)[0, part.last]
+    return policy, reference, action_values(networks.critic, part), scores
 
 
-def last_token(attention_mask: Tensor) -> Tensor:
-    """Position of each row's last real token. [B, T] bool -> [B] int64."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return torch.where(attention_mask, places, -1).amax(1)
+class PackedActions(NamedTuple):
+    """Sequences of a padded batch as one packed row, and where their actions are in it."""
+
+    row: Packed
+    actions: Tensor
+    """[M] int64; places of the answers' tokens in the row"""
+    last: Tensor
+    """[B] int64; places of the sequences' last tokens"""
+    answer_mask: Tensor
+    """[B, R] bool, of the padded batch"""
+
+
+def packed_actions(sequences: Sequences, answer_mask: Tensor) -> PackedActions:
+    """Sequences without their padding: what the networks read costs what the real lengths cost."""
+    mask = sequences.attention_mask
+    ends = mask.sum(1).cumsum(0)
+    places = mask.flatten().cumsum(0).view(mask.shape) - 1
+    row = Packed(
+        input_ids=sequences.input_ids[mask].unsqueeze(0),
+        position_ids=sequences.position_ids[mask].unsqueeze(0),
+        cu_seqlens=F.pad(ends, (1, 0)).int(),
+        max_seqlen=mask.shape[1],
+    )
+    return PackedActions(row, places[:, answers_start(answer_mask, sequences) :][answer_mask], ends - 1, answer_mask)
+
+
+def action_scores(network: Any, part: PackedActions, temperature: float, with_entropy: bool = False) -> TokenScores:
+    """Log-probabilities and entropy of the actions. Returns: [B, R] each, 0 where masked."""
+    scores = network(part.row, part.actions, temperature, with_entropy)
+    entropy = None if scores.entropy is None else spread(scores.entropy, part.answer_mask)
+    return TokenScores(spread(scores.logprobs, part.answer_mask), entropy)
+
+
+def action_values(critic: Any, part: PackedActions) -> Tensor:
+    """The critic's values of the states in which the actions were chosen. Returns: [B, R] fp32, 0 where masked."""
+    return spread(critic(part.row)[0, part.actions - 1], part.answer_mask)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[M] -> where the mask [B, R] is True, row by row; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def answers_start(answer_mask: Tensor, sequences: Sequences) -> int:

@@ -17,15 +17,19 @@ def language_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
     return -torch.where(mask, logprobs, 0.0).sum()
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, weight: Tensor, centering_coef: float = 0.0) -> Tensor:
-    """Weighted sum of -log sigmoid(chosen - rejected) (Bradley-Terry; Ouyang et al. 2022, equation 1).
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, weight: Tensor, centering_coef: float = 0.0, margin: float = 0.0
+) -> Tensor:
+    """Weighted sum of -log sigmoid(chosen - rejected - margin) (Bradley-Terry; Ouyang et al. 2022, equation 1).
+
+    The margin is that of Touvron et al. 2023 (equation 2), the same for all pairs: our sets grade none.
 
     Bradley-Terry leaves each prompt's mean score free; `centering_coef` times (chosen + rejected)^2 draws it to zero
     (Eisenstein et al. 2024, equation 2).
 
     Args: [B] fp32 each. Returns: scalar fp32.
     """
-    return (weight * (centering_coef * (chosen + rejected).square() - F.logsigmoid(chosen - rejected))).sum()
+    return (weight * (centering_coef * (chosen + rejected).square() - F.logsigmoid(chosen - rejected - margin))).sum()
 
 
 def policy_loss(

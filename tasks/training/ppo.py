@@ -48,9 +48,11 @@ from tasks.training.ema import Ema
 from tasks.training.engine import Step, export, frozen_engine, step_together, train_engine
 from tasks.training.experience import (
     Networks,
-    answers_start,
+    action_scores,
+    action_values,
     experience_of,
     experience_rows,
+    packed_actions,
     pooled,
     sample,
     score,
@@ -299,16 +301,19 @@ def optimizer_steps(
     # The engine divides all losses by the answers' tokens; the text's loss shall be a mean over the text's own.
     text_scale = 0.0 if text_tokens is None else config.ptx_coef * float(all_sum(tokens) / all_sum(text_tokens))
     sums: dict[str, list[Tensor]] = defaultdict(list)
+    # Before the first forward pass, since leaving padding out waits for the GPU.
+    packed = {id(batch): packed_actions(batch.sequences, batch.answer_mask) for batch in batches}
 
     def policy_loss_of(batch: Experience | Sequences) -> Tensor:
         if isinstance(batch, Sequences):
             loss = language_loss(networks.policy(batch, 1).logprobs, batch.attention_mask[:, 1:])
             sums["ptx"].append(loss.detach())
             return text_scale * loss
-        start = answers_start(batch.answer_mask, batch.sequences)
-        made = networks.policy(batch.sequences, start, config.sampling.temperature, with_entropy=config.one_step)
+        made = action_scores(
+            networks.policy, packed[id(batch)], config.sampling.temperature, with_entropy=config.one_step
+        )
         new, old = made.logprobs, batch.logprobs
-        if config.one_step:
+        if made.entropy is not None:
             gap = torch.where(batch.answer_mask, (new.detach() - old).abs(), 0.0)
             sums["ppo/entropy"].append(torch.where(batch.answer_mask, made.entropy, 0.0).sum())
             sums["rollout/logprob_gap"].append(gap.sum())
@@ -323,8 +328,7 @@ def optimizer_steps(
         return torch.where(exploded, 0.0, loss)
 
     def value_loss_of(batch: Experience) -> Tensor:
-        start = answers_start(batch.answer_mask, batch.sequences)
-        new = networks.critic(batch.sequences)[:, start - 1 : -1]
+        new = action_values(networks.critic, packed[id(batch)])
         loss, clipped = value_loss(new, batch.values, batch.returns, batch.answer_mask, config.value_clip_range)
         sums["ppo/value_loss"].append(loss.detach())
         sums["ppo/value_clip_fraction"].append(clipped)

@@ -9,7 +9,7 @@ model would otherwise look perfect.
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -27,6 +27,8 @@ from tasks.training.models import SCORE_MEAN, load_scalar
 from tasks.training.ranks import gather_rows
 from tasks.training.supervised import fit, own_share, steps_of
 from tasks.training.types import Engine, PairBatch
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -46,19 +48,27 @@ def run(job: Job) -> dict[str, Any]:
 
     def loss_of(batch: PairBatch) -> torch.Tensor:
         chosen, rejected = scores(engine, batch)
-        return pairwise_loss(chosen, rejected, batch.weight, config.centering_coef)
+        return pairwise_loss(chosen, rejected, batch.weight, config.centering_coef, config.margin)
 
-    fit(job, config, engine, train, collate, pair_tokens, loss_of, lambda batch: batch.weight.sum(), seed)
-    metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
-    job.log(steps, {f"reward/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
+    def weight_of(batch: PairBatch) -> torch.Tensor:
+        return batch.weight.sum()
+
+    def found() -> dict[str, Any]:
+        return evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
+
+    done = fit(job, config, engine, train, collate, pair_tokens, loss_of, weight_of, found, seed)
+    metrics = found()
+    job.log(
+        done["steps"], {f"reward/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
+    )
     setattr(engine.module.model.config, SCORE_MEAN, metrics["chosen_score"])
     export(engine.module, tokenizer, job.directory / "model")
-    return {"steps": steps, "train_pairs": len(train), **metrics}
+    return {**done, "train_pairs": len(train), **metrics}
 
 
 @torch.no_grad()
 def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: RewardConfig) -> dict[str, Any]:
-    """Loss, accuracy with ties as half, and the accuracy of preferring the longer answer, whole and per source."""
+    """Loss, accuracy with ties as half, calibration, and the accuracy of preferring the longer answer."""
     engine.module.eval()
     results = []
     for part in own_share(table.to_list(), pair_tokens, config.micro_batch_tokens):
@@ -78,6 +88,7 @@ def _result(row: Mapping[str, Any], chosen: float, rejected: float) -> dict[str,
     return {
         "source": row["source"],
         "chosen": chosen,
+        "margin": chosen - rejected,
         "loss": math.log1p(math.exp(-abs(chosen - rejected))) + max(rejected - chosen, 0.0),
         "hit": _preference(chosen, rejected),
         "length_hit": _preference(len(row["chosen"]), len(row["rejected"])),
@@ -95,18 +106,55 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     per_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in results:
         per_source[row["source"]].append(row)
-    accuracy = mean("hit")
+    accuracy, gain = mean("hit"), [row["hit"] - row["length_hit"] for row in results]
+    # Normal approximations of 95 % intervals, the second of the paired difference of the two accuracies.
+    reach = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(results))
+    gain_reach = 1.96 * statistics.pstdev(gain) / math.sqrt(len(results))
+    low, high = wilson(accuracy, len(results))
     return {
         "accuracy": accuracy,
-        # Normal approximation of the binomial's 95 % interval.
-        "accuracy_interval": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(results)),
+        "accuracy_interval": reach,
+        "accuracy_low": low,
+        "accuracy_high": high,
         "length_accuracy": mean("length_hit"),
-        # Of the paired difference of the two accuracies.
-        "length_gain_interval": 1.96
-        * statistics.pstdev(row["hit"] - row["length_hit"] for row in results)
-        / math.sqrt(len(results)),
+        "length_gain_interval": gain_reach,
+        "beats_length": statistics.fmean(gain) > gain_reach,
+        "calibration_error": calibration_error([row["margin"] for row in results]),
         "loss": mean("loss"),
         "chosen_score": mean("chosen"),
         "eval_pairs": len(results),
+        "margin_quantiles": quantiles([row["margin"] for row in results]),
         "accuracy_per_source": {name: mean("hit", rows) for name, rows in sorted(per_source.items())},
+        "accuracy_interval_per_source": {
+            name: wilson(mean("hit", rows), len(rows)) for name, rows in sorted(per_source.items())
+        },
+        "length_accuracy_per_source": {name: mean("length_hit", rows) for name, rows in sorted(per_source.items())},
     }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` pairs (Wilson 1927): also right for few pairs and shares near 0 or 1."""
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = 1.96 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return middle - reach, middle + reach
+
+
+def calibration_error(margins: Sequence[float], bins: int = 10) -> float:
+    """Expected calibration error (Guo et al. 2017, equation 3) of the model's own choices.
+
+    A choice is made with confidence sigmoid(|margin|), between 1/2 and 1, and right where the margin is positive; a
+    margin of 0 is half right. Within equal bins of confidence: |share that is right - mean confidence|, weighted.
+    """
+    groups: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        groups[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, _preference(margin, 0.0)))
+    gaps = [abs(sum(hit - confidence for confidence, hit in group)) for group in groups.values()]
+    return sum(gaps) / len(margins)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """The 5, 25, 50, 75 and 95 % quantiles, interpolated."""
+    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    return {f"{share:.0%}": float(value) for share, value in zip(QUANTILES, found, strict=True)}

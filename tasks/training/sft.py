@@ -45,11 +45,14 @@ def run(job: Job) -> dict[str, Any]:
     def weight_of(batch: LanguageBatch) -> torch.Tensor:
         return torch.tensor(len(batch.learnt), device=job.device)
 
-    fit(job, config, engine, train, collate, language_tokens, loss_of, weight_of, seed)
-    metrics = evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), job.device, config)
-    job.log(steps, {f"sft/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
+    def found() -> dict[str, Any]:
+        return evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), job.device, config)
+
+    done = fit(job, config, engine, train, collate, language_tokens, loss_of, weight_of, found, seed)
+    metrics = found()
+    job.log(done["steps"], {f"sft/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)})
     export(engine.module, tokenizer, job.directory / "model")
-    return {"steps": steps, "train_rows": len(train), **metrics}
+    return {**done, "train_rows": len(train), **metrics}
 
 
 @torch.no_grad()

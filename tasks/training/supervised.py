@@ -1,20 +1,23 @@
-"""The loop that SFT and the reward model share: optimizer steps over shuffled rows, checkpoints, a last evaluation."""
+"""The loop that SFT and the reward model share: optimizer steps over shuffled rows, evaluations, checkpoints."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 from torch import Tensor
 
-from tasks.config import TrainConfig
+from tasks.config import ConfigError, TrainConfig
+from tasks.shapes import peak_flops, shape_of, work_of
 from tasks.training import checkpoint
 from tasks.training.batches import check_batch, optimizer_batch
 from tasks.training.job import Job, NotFiniteError, Stopped
+from tasks.training.models import Policy
 from tasks.training.packing import own_rows
-from tasks.training.ranks import all_sum, any_rank
+from tasks.training.ranks import all_sum, any_rank, world_size
 from tasks.training.types import Engine, Micro
 
 Rows = Sequence[Mapping[str, Any]]
@@ -32,6 +35,15 @@ def own_share(rows: Rows, tokens_of: Callable[[Mapping[str, Any]], int], budget:
     return [[rows[index] for index in part] for part in own_rows([tokens_of(row) for row in rows], budget)]
 
 
+class Course(NamedTuple):
+    """How training went, as far as a checkpoint has to know it."""
+
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    """Evaluations since the best one."""
+
+
 def fit(
     job: Job,
     config: TrainConfig,
@@ -41,34 +53,84 @@ def fit(
     tokens_of: Callable[[Mapping[str, Any]], int],
     loss_of: Callable[[Micro], Tensor],
     weight_of: Callable[[Micro], Tensor],
+    evaluate: Callable[[], Mapping[str, Any]],
     seed: int,
-) -> None:
-    """Train `engine` for all its steps, from its newest checkpoint if there is one.
+) -> dict[str, Any]:
+    """Train `engine` for its steps, from its newest checkpoint if there is one; it is left with the weights to keep.
 
     Args:
         collate: rows of one micro-batch -> its batch.
         tokens_of: a row -> the tokens that it takes in a micro-batch.
         loss_of: batch -> the sum of its losses, scalar.
         weight_of: batch -> what that sum is divided by (its tokens, or the weights of its pairs), scalar.
+        evaluate: -> metrics of the held-out rows, `loss` among them, the same on all ranks.
 
-    Raises Stopped after a checkpoint when asked to stop, NotFiniteError when the loss is no number.
+    Returns: the steps taken, and with `keep_best` the one whose weights are kept. Raises Stopped after a checkpoint
+    when asked to stop, NotFiniteError when the loss is no number.
     """
     steps = steps_of(config, len(table), job.stage)
-    resumed = checkpoint.load(job.checkpoints, {"model": engine})
-    begin = resumed[0] if resumed else 0
-    for step in range(begin, steps):
+    step, course = 0, Course()
+    if resumed := checkpoint.load(job.checkpoints, {"model": engine}):
+        step, course = resumed[0], Course(*resumed[1]["course"])
+    saved_at = time.monotonic()
+    while step < steps and not _is_over(config, course):
         started = time.perf_counter()
         rows = table.select(optimizer_batch(step, len(table), config.batch_size, seed)).to_list()
         batches = [collate(part) for part in own_share(rows, tokens_of, config.micro_batch_tokens)]
         metrics = _step(job, engine, batches, loss_of, weight_of)
-        metrics[f"{job.stage}/samples_per_s"] = config.batch_size / (time.perf_counter() - started)
-        job.log(step + 1, metrics)
-        job.progress(step + 1, steps, {"loss": metrics[f"{job.stage}/loss"]})
+        metrics |= speed(job, engine, [tokens_of(row) for row in rows], time.perf_counter() - started)
+        step += 1
+        if config.eval_every is not None and (step % config.eval_every == 0 or step == steps):
+            found = evaluate()
+            metrics |= {f"{job.stage}/eval_{name}": v for name, v in found.items() if isinstance(v, float)}
+            course = _after(job, config, engine, course, step, found["loss"])
+        job.log(step, metrics)
+        job.progress(step, steps, {"loss": metrics[f"{job.stage}/loss"]})
         stop = any_rank(job.should_stop(), job.device)
-        if stop or ((step + 1) % config.checkpoint_every == 0 and step + 1 < steps):
-            checkpoint.save(job.checkpoints, step + 1, {"model": engine}, {})
+        late = config.checkpoint_minutes is not None and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+        due = step % config.checkpoint_every == 0 or any_rank(late, job.device)
+        if stop or (due and step < steps):
+            checkpoint.save(job.checkpoints, step, {"model": engine}, {"course": tuple(course)})
+            saved_at = time.monotonic()
         if stop:
-            raise Stopped(step + 1)
+            raise Stopped(step)
+    if config.keep_best and course.best_step != step:
+        checkpoint.load(_best(job), {"model": engine})
+    return {"steps": step} | ({"best_step": course.best_step} if config.keep_best else {})
+
+
+def _is_over(config: TrainConfig, course: Course) -> bool:
+    return config.patience is not None and course.worse >= config.patience
+
+
+def _after(job: Job, config: TrainConfig, engine: Engine, course: Course, step: int, loss: float) -> Course:
+    """The course after an evaluation; the weights of the best one are kept if they are asked for."""
+    if loss >= course.best_loss:
+        return course._replace(worse=course.worse + 1)
+    if config.keep_best:
+        checkpoint.save(_best(job), step, {"model": engine}, {})
+    return Course(loss, step, 0)
+
+
+def _best(job: Job) -> Path:
+    return job.checkpoints / "best"
+
+
+def speed(job: Job, engine: Engine, lengths: Sequence[int], took: float) -> dict[str, float]:
+    """Samples and tokens a second over all ranks, and on a known GPU the share of its peak that the model's work is.
+
+    The work is 6 x parameters x tokens and causal attention (Chowdhery et al. 2022, appendix B); recomputed layers do
+    not count. Embeddings are left out, the language model's head is not.
+    """
+    found = {f"{job.stage}/samples_per_s": len(lengths) / took, f"{job.stage}/tokens_per_s": sum(lengths) / took}
+    if job.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(job.device))) is not None:
+        try:
+            shape = shape_of(engine.module.model.config.to_dict())
+        except ConfigError:
+            return found  # a family whose work is not known
+        scores_tokens = isinstance(engine.module, Policy)
+        found[f"{job.stage}/mfu"] = work_of(shape, lengths, scores_tokens) / took / (peak * world_size())
+    return found
 
 
 def _step(
@@ -95,6 +157,7 @@ def _step(
         )
     return {
         f"{job.stage}/loss": mean,
-        f"{job.stage}/grad_norm": report.grad_norm,
         f"{job.stage}/learning_rate": report.learning_rate,
+        # fp16: a step that overflowed has no gradient and changed nothing.
+        **({f"{job.stage}/skipped": 1.0} if report.skipped else {f"{job.stage}/grad_norm": report.grad_norm}),
     }

@@ -42,7 +42,7 @@ from tasks.training.experience import Networks
 from tasks.training.job import Job
 from tasks.training.models import Policy, ScalarModel
 from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
-from tests.bench.records import hardware, record
+from tests.bench.records import hardware, last, record
 
 DSCHAT = {"name": "DeepSpeed-Chat", "value": 11.4, "source": "same work on one H100, scoring left out; TRL 1.12: 5.2"}
 VLLM = {64: 1.13, 256: 2.98}
@@ -57,7 +57,7 @@ class Size:
     prompt: int = 256
     answer: int = 256
     batch: int = 64
-    micro_batch: int = 16
+    micro_batch: int = 32
     precision: Any = "bf16"
     compiled: bool = True
     repeats: int = 5
@@ -93,7 +93,7 @@ def model_of(auto_class: Any, config: OPTConfig, dtype: torch.dtype, device: tor
     """A model with random weights, made on the device."""
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = auto_class.from_config(config, attn_implementation="sdpa")
+        model = auto_class.from_config(config)
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -152,7 +152,8 @@ def whole_steps(
         real_lengths: answers end early; else none does.
         extras: with PTX and EMA.
     """
-    engine = EngineConfig(precision=size.precision, compile_layers=size.compiled)
+    # Real lengths give each micro-batch a shape of its own, which compiled layers would be compiled for anew.
+    engine = EngineConfig(precision=size.precision, compile_layers=size.compiled and not real_lengths)
     settings: dict[str, Any] = {
         "steps": 100,
         "rollout_batch_size": prompts,
@@ -196,7 +197,7 @@ def whole_steps(
 
     first = clocked(step, device)
     clocked(step, device)
-    seconds = statistics.median(clocked(step, device) for _ in range(size.repeats))
+    seconds = statistics.median(clocked(step, device) for _ in range(2 if real_lengths else size.repeats))
     parts = {
         f"{part}_s": statistics.median(row[f"time/{part}_s"] for row in metrics[2:])
         for part in ("generate", "score", "train")
@@ -223,7 +224,7 @@ CASES: dict[str, Callable[[Size, torch.device], dict[str, float]]] = {
 }
 
 
-def baseline(case: str, found: dict[str, dict[str, float]]) -> dict[str, Any] | None:
+def baseline(case: str) -> dict[str, Any] | None:
     """What a case is compared with."""
     if case.startswith("rollout"):
         return {
@@ -232,8 +233,7 @@ def baseline(case: str, found: dict[str, dict[str, float]]) -> dict[str, Any] | 
             "source": "same work, one H100",
         }
     if case.startswith("eos"):
-        fixed = found.get("fixed-1.3b-b64")
-        return {"name": "fixed-1.3b-b64", "value": fixed["samples_per_s"]} if fixed else None
+        return {"name": "fixed-1.3b-b64", "value": last("ppo", "fixed-1.3b-b64"), "source": "the last record"}
     return DSCHAT
 
 
@@ -242,21 +242,23 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--tiny", action="store_true", help="in small, on a CPU; records nothing")
     parser.add_argument("--eager", action="store_true", help="without compiled layers; records nothing")
+    parser.add_argument("--micro-batch", type=int, help=f"rows of a forward pass in training; {FULL.micro_batch}")
     chosen = parser.parse_args()
     if unknown := set(chosen.cases) - set(CASES):
         parser.error(f"no case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     size = TINY if chosen.tiny else replace(FULL, compiled=not chosen.eager)
+    if chosen.micro_batch:
+        size = replace(size, micro_batch=chosen.micro_batch)
     device = start("cpu" if chosen.tiny else "cuda")
-    found: dict[str, dict[str, float]] = {}
     print(f"{'case':24}{'metric':16}{'value':>12}   on {hardware()}")
     for case in chosen.cases or CASES:
-        found[case] = CASES[case](size, device)
-        for number, (metric, value) in enumerate(found[case].items()):
+        found = CASES[case](size, device)
+        for number, (metric, value) in enumerate(found.items()):
             print(f"{case if number == 0 else '':24}{metric:16}{value:12.4g}", flush=True)
-        metric, value = next(iter(found[case].items()))
+        metric, value = next(iter(found.items()))
         if not (chosen.tiny or chosen.eager):
             unit = "s" if metric.endswith("_s") and not metric.endswith("per_s") else "samples/s"
-            record("ppo", case, metric, value, unit, baseline(case, found))
+            record("ppo", case, metric, value, unit, baseline(case))
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -44,14 +44,21 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
+def last(bench: str, case: str) -> float | None:
+    """The value recorded last for a case; None if there is none."""
+    path = HERE / "results" / f"{bench}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return next((row["value"] for row in reversed(rows) if row["case"] == case), None)
+
+
 def hardware() -> str:
     """The GPU, or the processor."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
 
 
 def commit() -> str | None:
-    """The commit that is checked out; None outside a repository."""
-    if known := os.environ.get("GIT_COMMIT"):  # of a copy without its repository
-        return known
+    """The commit that is checked out (RLHF_COMMIT says it for a copy without its repository); None if nothing does."""
+    if given := os.environ.get("RLHF_COMMIT"):
+        return given
     told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
     return told.stdout.strip() or None

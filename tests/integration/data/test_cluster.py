@@ -22,7 +22,7 @@ def cluster() -> Iterator[str]:
     distributed = pytest.importorskip("distributed")
     with (
         pytest.MonkeyPatch.context() as patch,
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local,
     ):
         patch.setenv("PYTHONPATH", str(REPO))
         yield local.scheduler_address

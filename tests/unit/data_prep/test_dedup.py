@@ -122,3 +122,9 @@ def test_the_demos_prompts_are_no_near_duplicates() -> None:
     """They are made from a small language; were they taken for copies, the demo would lose its data."""
     prompts = sorted({pair.prompt for pair in make_pairs(random.Random(0), 500)})
     assert len(set(labels_of(prompts).tolist())) > 0.98 * len(prompts)
+
+
+def test_buckets_larger_than_the_window_hang_together() -> None:
+    """Copies of one text that differ in their last word: every band of most is the same."""
+    made = [" ".join([*WORDS[:80], str(number)]) for number in range(4 * dedup.WINDOW)]
+    assert set(labels_of(made).tolist()) == {0}

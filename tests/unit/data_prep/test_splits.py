@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.blend import GROUPS_SCHEMA
-from data_prep.splits import check_no_leak, phase_of, split
+from data_prep.splits import check_no_leak, check_no_prompt_leaks, phase_of, split
 from data_prep.tables import PAIR_SCHEMA, iter_rows, write_table
 
 Folder = Callable[[str], Path]
@@ -117,3 +117,17 @@ def test_a_leak_fails_and_names_its_group() -> None:
     with pytest.raises(RuntimeError, match="The group b leaks: it is in sft-train and in reward-eval"):
         check_no_leak(files)
     check_no_leak(files | {("reward", "eval"): ["d"]})
+
+
+def test_a_near_prompt_in_another_file_fails_whatever_the_groups_say(folder: Folder) -> None:
+    out = folder("out")
+    words = " ".join(f"word{number}" for number in range(60))
+    paths = {("sft", "train"): out / "a.arrow", ("ppo", "eval"): out / "b.arrow"}
+    write_table([row("far", 0), row(words, 1)], out / "a.arrow", PAIR_SCHEMA)
+    write_table([row("other", 2)], out / "b.arrow", PAIR_SCHEMA)
+    check_no_prompt_leaks(paths)
+    for prompt in (f"{words} 2", f"{words}, 1!"):  # near, and the same after normalising
+        near = {**row("g", 0), "prompt": [{"role": "user", "content": prompt}]}
+        write_table([row("other", 2), near], out / "b.arrow", PAIR_SCHEMA)
+        with pytest.raises(RuntimeError, match=r"A prompt leaks: .* is in sft-train and in ppo-eval: 'word0 "):
+            check_no_prompt_leaks(paths)

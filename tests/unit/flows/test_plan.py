@@ -10,7 +10,7 @@ import pytest
 from tasks import dag, plan
 from tasks.config import ConfigError, RunConfig, parse
 from tasks.dag import Choice
-from tasks.fit import GPUS
+from tasks.shapes import GPUS
 from tasks.stages import StageRef
 
 ROOT = Path(__file__).parents[3]

@@ -118,7 +118,8 @@ def test_infrastructure_that_is_none(run: Run) -> None:
 def test_every_stage_in_this_process_has_its_work(run: Run) -> None:
     from tasks.prepare import WORK
 
-    assert set(WORK) == {node.stage for node in run.graph.values() if not node.launched}
+    # The unsupervised text's is only there in runs that learn from it.
+    assert set(WORK) - {"ptx"} == {node.stage for node in run.graph.values() if not node.launched}
 
 
 def test_a_stage_before_from_has_to_be_there(run: Run) -> None:

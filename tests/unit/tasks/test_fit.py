@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig
-from tasks.fit import GIB, GPUS, Load, cheapest, gpu_of, of_ppo, seconds, settings, trained
-from tasks.shapes import Shape, shape_of
+from tasks.fit import Load, cheapest, gpu_of, of_ppo, seconds, settings, trained
+from tasks.shapes import GIB, GPUS, Shape, shape_of
 from tasks.training.lora import add_adapters
 
 SMALL = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -1,0 +1,151 @@
+"""SFT and the reward model in the worker: killed or stopped, they end with the weights of the undisturbed run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from data_prep.tables import table_writer
+from data_prep.tokenise import SCHEMAS
+from tasks.base import train_tokenizer
+from tasks.config import RewardConfig, SFTConfig
+from tests.tiny import tiny_llama_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
+CONFIG: dict[str, Any] = {
+    "batch_size": 8,
+    "micro_batch_tokens": 64,
+    "max_steps": 6,
+    "checkpoint_every": 2,
+    "eval_every": 2,
+    "keep_best": True,
+    "optimizer": {"learning_rate": 0.02},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base model and tables, tiny."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = train_tokenizer(iter(TEXTS), 300)
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_llama_for(tokenizer, num_hidden_layers=2)).save_pretrained(folder / "base" / "model")
+    tokenizer.save_pretrained(folder / "base" / "model")
+    (folder / "data").mkdir()
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(most: int) -> list[int]:
+        return torch.randint(2, 250, (int(torch.randint(2, most, (), generator=draw)),), generator=draw).tolist()
+
+    for kind in ("sft", "reward"):
+        for part, rows in (("train", 48), ("eval", 9)):
+            with table_writer(folder / "data" / f"{kind}-{part}.arrow", SCHEMAS[kind]) as writer:
+                for _ in range(rows):
+                    answers = {"answer": ids(12)} if kind == "sft" else {"chosen": ids(12), "rejected": ids(12)}
+                    row = {"prompt": ids(9), **answers, "others": [], "source": "mine", "weight": 1.0}
+                    writer.append({name: row[name] for name in SCHEMAS[kind].names if name in row})
+    (folder / "split").mkdir()
+    for kind in ("sft", "reward"):
+        np.save(folder / "split" / f"{kind}-keys.npy", np.arange(5, dtype=np.uint64))
+    return {name: folder / name for name in ("data", "split", "base")}
+
+
+def start(
+    kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int
+) -> list[subprocess.Popen[str]]:
+    """The ranks of a stage in `directory`, which may hold a checkpoint."""
+    section = {"sft": SFTConfig, "reward": RewardConfig}[kind]
+    config = section(**CONFIG, engine={"precision": "fp32", "zero_stage": zero})
+    spec = {
+        "stage": kind,
+        "config": {kind: config.model_dump(mode="json"), "seed": 3},
+        "inputs": {name: str(path) for name, path in inputs.items()},
+        "device": "cpu",
+        "tracking": None,
+    }
+    (directory / "records").mkdir(parents=True, exist_ok=True)
+    (directory / "records" / "config.json").write_text(json.dumps(spec))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in own.items()}
+        command = [sys.executable, "-m", "tasks.worker", kind, str(directory)]
+        ranks.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        )
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen[str]], code: int = 0) -> str:
+    outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [code] * len(ranks), outputs[0][-3000:]
+    return outputs[0]
+
+
+def after_step(directory: Path, ranks: list[subprocess.Popen[str]], step: int, number: int) -> None:
+    """Send the ranks a signal as soon as the metrics of a step are there: in the midst of the next step."""
+    rows = directory / "records" / "metrics.jsonl"
+    end = time.monotonic() + 400
+    while not (rows.exists() and len(rows.read_text().splitlines()) >= step):
+        assert time.monotonic() < end
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-3000:]
+        time.sleep(0.005)
+    for rank in ranks:
+        rank.send_signal(number)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "zero"),
+    [("sft", 1, 0), ("reward", 2, 3)],
+    ids=["SFT, one process", "reward model, two processes, ZeRO-3"],
+)
+def test_a_killed_and_a_stopped_run_end_with_the_same_weights(
+    tmp_path: Path, inputs: dict[str, Path], kind: str, processes: int, zero: int
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start(kind, whole, inputs, processes, zero))
+    ranks = start(kind, parts, inputs, processes, zero)
+    after_step(parts, ranks, 3, signal.SIGKILL)
+    for rank in ranks:
+        rank.communicate()
+    assert json.loads((parts / "checkpoints" / "latest.json").read_text())["step"] == 2
+    ranks = start(kind, parts, inputs, processes, zero)
+    after_step(parts, ranks, 4, signal.SIGTERM)
+    finish(ranks, code=75)
+    outcome = json.loads((parts / "records" / "outcome.json").read_text())
+    assert outcome["kind"] == "stopped"
+    assert outcome["resumes_at"] in (4, 5)
+    finish(start(kind, parts, inputs, processes, zero))
+    reports = [json.loads((folder / "records" / "report.json").read_text()) for folder in (whole, parts)]
+    assert reports[0] == reports[1]
+    assert reports[0]["steps"] == 6
+    undisturbed, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (whole, parts))
+    assert undisturbed.keys() == resumed.keys()
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+
+
+def test_another_number_of_ranks_is_refused_with_the_reason(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    ranks = start("sft", tmp_path, inputs, 1, 2)
+    after_step(tmp_path, ranks, 1, signal.SIGTERM)
+    finish(ranks, code=75)
+    (tmp_path / "records" / "outcome.json").unlink()
+    finish(start("sft", tmp_path, inputs, 2, 2), code=2)
+    outcome = json.loads((tmp_path / "records" / "outcome.json").read_text())
+    assert "was written by 1 processes, this run has 2" in outcome["message"]

@@ -1,0 +1,44 @@
+"""bf16 by DeepSpeed stays on the path of fp32, whatever the ZeRO stage and the micro-batches."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM
+
+from tasks.config import EngineConfig, OptimizerConfig
+from tasks.training.batches import right_padded
+from tasks.training.engine import start, train_engine
+from tasks.training.models import Policy
+from tests.tiny import tiny_llama
+
+TEXT = [[3 + (row * place) % 40 for place in range(1, 9)] for row in range(1, 9)]
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    ports = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29777}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ports.items():
+            patch.setenv(name, str(value))
+        yield start("cpu")
+        dist.destroy_process_group()
+
+
+def norms(device, micro_batch: int, **settings) -> list[float]:
+    """Gradient norms of three optimizer steps on the same text."""
+    torch.manual_seed(0)
+    policy = Policy(LlamaForCausalLM(tiny_llama(50, initializer_range=0.2)))
+    engine = train_engine(policy, EngineConfig(**settings), OptimizerConfig(learning_rate=1e-2), 10, device, "test")
+    batches = [right_padded(TEXT[row : row + micro_batch], 0, device) for row in range(0, 8, micro_batch)]
+
+    def loss_of(part):
+        return -engine(part, 1).logprobs.sum()
+
+    return [engine.optimizer_step(batches, loss_of, 56.0).grad_norm for _ in range(3)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("micro_batch", [8, 1])
+def test_bf16_steps_as_fp32_does(device, stage, micro_batch):
+    expected = norms(device, 8, precision="fp32")
+    assert norms(device, micro_batch, precision="bf16", zero_stage=stage) == pytest.approx(expected, rel=0.01)

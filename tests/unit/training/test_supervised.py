@@ -1,0 +1,161 @@
+"""The loop of SFT and the reward model on plain torch: evaluations, best weights, early stop, checkpoints by time."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tasks.config import ConfigError, SFTConfig, parse
+from tasks.shapes import peak_flops, shape_of, work_of
+from tasks.training import checkpoint, supervised
+from tasks.training.job import Job, Stopped
+from tasks.training.reward import _summary, calibration_error, quantiles, wilson
+from tasks.training.types import StepReport
+
+CPU = torch.device("cpu")
+ROWS = datasets.Dataset.from_dict({"tokens": [1] * 8})
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Parameter(torch.zeros(()))
+
+
+class CountingEngine:
+    """Its one weight is the number of steps taken."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.module = Counter()
+
+    def optimizer_step(self, micro_batches: list, loss_of: Any, denominator: float) -> StepReport:
+        for batch in micro_batches:
+            loss_of(batch)
+        with torch.no_grad():
+            self.module.steps += 1
+        return StepReport(0.0, 0.0)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        torch.save(self.module.state_dict(), folder / "weights.pt")
+
+    def load(self, folder: Path) -> None:
+        self.module.load_state_dict(torch.load(folder / "weights.pt"))
+
+
+def fit(tmp_path: Path, losses: list[float], stop_at: int | None = None, **config: Any) -> tuple[Any, dict, list[dict]]:
+    """Eight steps whose evaluations find these losses -> engine, result and metrics."""
+    engine, rows = CountingEngine(), []
+    job = Job(
+        stage="sft",
+        directory=tmp_path,
+        config={},
+        inputs={},
+        device=CPU,
+        log=lambda step, metrics: rows.append({"step": step, **metrics}),
+        progress=lambda *arguments: None,
+        should_stop=lambda: stop_at is not None and int(engine.module.steps) == stop_at,
+    )
+    settings = SFTConfig(batch_size=1, **config)
+
+    def zero(_: Any) -> Tensor:
+        return torch.zeros(())
+
+    def one(_: Any) -> Tensor:
+        return torch.ones(())
+
+    def evaluate() -> dict[str, float]:
+        return {"loss": losses[int(engine.module.steps) - 1]}
+
+    result = supervised.fit(
+        job, settings, engine, ROWS, lambda part: part, lambda row: row["tokens"], zero, one, evaluate, 0
+    )
+    return engine, result, rows
+
+
+def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    engine, result, rows = fit(tmp_path, [8, 7, 6, 5, 4, 3, 2, 1], eval_every=3)
+    assert [row["step"] for row in rows if "sft/eval_loss" in row or row["step"] in (3, 6, 8)] == [3, 6, 8]
+    assert result == {"steps": 8}
+    assert int(engine.module.steps) == 8
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    engine, result, _ = fit(tmp_path, [8, 7, 6, 1, 4, 3, 2, 2], eval_every=2, keep_best=True)
+    assert result == {"steps": 8, "best_step": 4}
+    assert int(engine.module.steps) == 4
+
+
+def test_training_ends_when_it_no_longer_helps(tmp_path: Path) -> None:
+    _, result, _ = fit(tmp_path, [3, 1, 2, 2, 2, 0, 0, 0], eval_every=1, patience=3)
+    assert result == {"steps": 5}
+
+
+def test_best_and_patience_outlive_a_stop(tmp_path: Path) -> None:
+    losses = [3, 1, 2, 2, 2, 0, 0, 0]
+    with pytest.raises(Stopped):
+        fit(tmp_path, losses, stop_at=3, eval_every=1, patience=3, keep_best=True)
+    engine, result, rows = fit(tmp_path, losses, eval_every=1, patience=3, keep_best=True)
+    assert [row["step"] for row in rows] == [4, 5]
+    assert result == {"steps": 5, "best_step": 2}
+    assert int(engine.module.steps) == 2
+
+
+def test_checkpoints_come_by_minutes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 25))  # seconds; the loop looks once at the start, once a step, once a checkpoint
+    monkeypatch.setattr(supervised.time, "monotonic", lambda: float(next(clock)))
+    saved: list[int] = []
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *others: saved.append(step))
+    fit(tmp_path, [0] * 8, checkpoint_minutes=1, checkpoint_every=100)
+    assert saved == [3, 6]
+
+
+def test_keeping_the_best_needs_evaluations() -> None:
+    with pytest.raises(ConfigError, match="sft: keep_best needs eval_every"):
+        parse({"sft": {"keep_best": True}})
+
+
+def test_wilsons_interval_equals_its_published_values() -> None:
+    # Newcombe 1998, table I, method 3.
+    known = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
+    for (hits, count), interval in known.items():
+        assert wilson(hits / count, count) == pytest.approx(interval, abs=1e-4)
+
+
+def test_calibration_error_of_hand_worked_margins() -> None:
+    certain, even = math.log(9), 0.0  # confidences 0.9 and 0.5
+    assert calibration_error([certain] * 9 + [-certain]) == pytest.approx(0.0)
+    assert calibration_error([certain, -certain]) == pytest.approx(0.4)
+    assert calibration_error([even] * 5) == 0.0
+    assert calibration_error([certain, -certain, even, even]) == pytest.approx(0.2)
+    assert quantiles(list(range(101)))["95%"] == 95
+
+
+def test_a_model_that_is_as_good_as_length_does_not_beat_it() -> None:
+    def row(hit: float, length_hit: float) -> dict[str, Any]:
+        return {"source": "s", "chosen": 0.0, "margin": hit - 0.5, "loss": 0.7, "hit": hit, "length_hit": length_hit}
+
+    even = _summary([row(1, 0), row(0, 1), row(1, 1), row(0, 0)] * 25)
+    assert even["accuracy"] == even["length_accuracy"] == 0.5
+    assert not even["beats_length"]
+    better = _summary([row(1, 0), row(1, 1), row(1, 1), row(0, 0)] * 25)
+    assert better["beats_length"]
+    assert better["accuracy_per_source"] == {"s": 0.75}
+
+
+def test_work_is_that_of_the_known_formula() -> None:
+    shape = shape_of({"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3,
+                      "num_attention_heads": 2, "vocab_size": 10})  # fmt: skip
+    linear = 3 * (4 * 64 + 3 * 128)
+    assert shape.linear == linear
+    # 12 x layers x width x length is full attention forward and backward (Chowdhery et al. 2022); causal is half of it.
+    assert work_of(shape, [5, 7], True) == 6 * (linear + 80) * 12 + 12 * 3 * 8 * (25 + 49) / 2
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops("NVIDIA GeForce RTX 5090") is None

@@ -14,14 +14,19 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, islice
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.pool import Pool
 from typing import Any, TypeVar
+
+from data_prep.spread import Mapper
 
 Result = TypeVar("Result")
 
 ROWS_WORTH_A_PROCESS = 20_000
+CALLS_BEFORE_PROCESSES = 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -93,13 +98,41 @@ def each(calls: Sequence[tuple[Any, ...]], rows: Iterable[int]) -> list[Any]:
     return [results[place] for place in range(len(calls))]
 
 
+@contextmanager
+def over_cores() -> Iterator[Mapper]:
+    """A `map` whose calls are made in processes, one a core; the first few here, as they may be all there are."""
+
+    def mapped(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        waiting = iter(items)
+        yield from map(function, islice(waiting, CALLS_BEFORE_PROCESSES))
+        following = next(waiting, None)
+        if following is None or current_process().daemon:
+            yield from map(function, chain([following] if following is not None else [], waiting))
+            return
+        if not pools:
+            pools.append(get_context("spawn").Pool(cores(), _end_with, (os.getpid(),)))
+        yield from pools[0].imap(function, chain([following], waiting))
+
+    pools: list[Pool] = []
+    try:
+        yield mapped
+    finally:
+        for pool in pools:
+            pool.terminate()
+            pool.join()
+
+
 def _call(sender: Connection, parent: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _end_with(parent)
+    try:
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        sender.send((None, error))
+
+
+def _end_with(parent: int) -> None:
     """In the new process: dies with the parent, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != parent:
         os._exit(1)
-    try:
-        sender.send((function(*arguments), None))
-    except Exception as error:
-        sender.send((None, error))

@@ -7,7 +7,7 @@ from typing import Any
 from filelock import FileLock
 from prefect import task
 
-from data_prep import spread
+from data_prep import spread, workers
 from data_prep.spread import Mapper
 from tasks import dag
 from tasks.stages import Stage, StageRef, read_manifest
@@ -85,16 +85,14 @@ def ptx(run: Run, refs: Refs) -> Any:
 
 
 def _spread(run: Run) -> Work:
-    """`work`, with the shards of a stage spread over the run's Dask cluster, if it has one."""
+    """`work`, with the shards of a stage spread over the run's Dask cluster, or over this machine's cores."""
     address = run.config.data.cluster
-    if address is None:
-        return work
 
-    def on_cluster(stage: Stage, out: Path) -> Mapping[str, Any]:
-        with spread.over_cluster(address) as mapped:
+    def spread_out(stage: Stage, out: Path) -> Mapping[str, Any]:
+        with spread.over_cluster(address) if address else workers.over_cores() as mapped:
             return work(stage, out, mapped)
 
-    return on_cluster
+    return spread_out
 
 
 def work(stage: Stage, out: Path, mapped: Mapper = map) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ from data_prep.splits import split
 from data_prep.tables import iter_rows
 from data_prep.tokenise import tokenise
 from data_prep.tokenizer import load_tokenizer
-from data_prep.workers import each
+from data_prep.workers import each, over_cores
 
 FULL = {
     "Dahoas/rm-static": 81_000,
@@ -109,9 +109,11 @@ def prepare(root: Path, tokenizer: Path) -> tuple[list[tuple[str, float, int]], 
         lambda made: sum(one["total"]["rows_in"] for one in made),
     )
     kept = sum(one["total"]["kept"] for one in metrics["clean"])
-    timed("blend", lambda: blend(cleaned, {}, 0, _made(root / "blend")), lambda made: kept)
-    rows = metrics["blend"]["train"] + metrics["blend"]["test"]
-    timed("split", lambda: split(root / "blend", PHASES, EVAL_FRACTION, 0, _made(root / "split")), lambda made: rows)
+    with over_cores() as mapped:
+        timed("blend", lambda: blend(cleaned, {}, 0, _made(root / "blend"), mapped), lambda made: kept)
+        rows = metrics["blend"]["train"] + metrics["blend"]["test"]
+        ledger, out = root / "ledger.parquet", _made(root / "split")
+        timed("split", lambda: split(root / "blend", PHASES, EVAL_FRACTION, 0, out, ledger, mapped), lambda made: rows)
     timed("tokenise", lambda: tokenise(root / "split", tokenizer, *LIMITS, _made(root / "tokens")), lambda made: rows)
     return lines, metrics
 
@@ -241,8 +243,7 @@ def memory() -> Iterator[Callable[[], int]]:
             total = 0
             for process in (own, *own.children(recursive=True)):
                 try:
-                    # Mapped files are the system's cache, not ours: unique memory leaves them out.
-                    total += process.memory_full_info().uss
+                    total += process.memory_full_info().pss
                 except psutil.Error:
                     continue
             most = max(most, total)

@@ -39,6 +39,25 @@ def kill(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def test_a_map_over_cores_is_a_map() -> None:
+    with workers.over_cores() as mapped:
+        assert list(mapped(abs, iter(range(-50, 0)))) == list(range(50, 0, -1))
+        pids = list(mapped(pid, range(40)))
+        assert set(pids[: workers.CALLS_BEFORE_PROCESSES]) == {os.getpid()}
+        assert os.getpid() not in pids[workers.CALLS_BEFORE_PROCESSES :]
+        assert list(mapped(pid, range(2))) == [os.getpid()] * 2
+        with pytest.raises(ZeroDivisionError):
+            list(mapped(inverse, range(50, -1, -1)))
+
+
+def pid(_: int) -> int:
+    return os.getpid()
+
+
+def inverse(number: int) -> float:
+    return 1 / number
+
+
 def test_a_set_cleaned_apart_has_the_same_bytes(demo_hub: Path, tmp_path: Path) -> None:
     spec, raw = SourceSpec("stanfordnlp/SHP"), tmp_path / "raw"
     raw.mkdir()

@@ -70,6 +70,8 @@ def absolute(config: RunConfig) -> dict[str, Any]:
     tree["data"]["hub"] = _absolute(config.data.hub)
     for name, source in config.data.sources.items():
         tree["data"]["sources"][name]["path"] = _absolute(source.path)
+    if config.data.unsupervised is not None:
+        tree["data"]["unsupervised"]["path"] = _absolute(config.data.unsupervised.path)
     for key in ("policy", "reward"):
         if isinstance(model := tree["models"][key], str) and Path(model).expanduser().is_dir():
             tree["models"][key] = _absolute(model)

@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 
 from tasks import lineage, tracking
 from tasks.dag import STAGES
-from tasks.stages import MANIFEST
+from tasks.stages import MANIFEST, read_manifest
 from tasks.tracking import Store, Version
 
-FOLDERS = (*STAGES, "compare", "champion", "register")
+FOLDERS = (*STAGES, "compare", "data-report", "champion", "register")
 """Of a workspace: those that hold stage directories."""
 LOCK = ".runs.lock"
 
@@ -122,10 +122,15 @@ def _needed(store: Store, versions: Iterable[Version]) -> Iterator[Path]:
     """The directories that versions lie in or were made from."""
     workspace = Path(store.workspace)
     for version in versions:
+        steps = set(lineage.of_version(store, version)["steps"])
         address = urlsplit(version.source)
         if address.scheme == "file":
-            yield Path(unquote(address.path)).parent.resolve()
-        for step in lineage.of_version(store, version)["steps"]:
+            registered = Path(unquote(address.path)).parent
+            yield registered.resolve()
+            # What it was measured by as well, or the next run, with nothing new, would evaluate it again.
+            measured = (read_manifest(registered) or {"inputs": {}})["inputs"].values()
+            steps |= {f"{stage['stage']}/{stage['fingerprint']}" for stage in measured}
+        for step in steps:
             yield (workspace / step).resolve()
 
 

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -34,19 +35,25 @@ def registered(store, seed: int) -> int:
     base = made(store, "base")
     sft = made(store, "sft", {"base": base}, f"sft {seed}" * 100, seed=seed)
     ppo = made(store, "ppo", {"sft": sft}, f"ppo {seed}" * 100, seed=seed)
-    folder = Path(store.workspace) / "register" / f"{seed}" / "policy"
-    folder.mkdir(parents=True)
-    os.link(ppo.directory / "out.txt", folder / "out.txt")
-    lineage.write(folder, ppo.directory)
-    return tracking.register_version(store, "chat-policy", folder, None, {"digest": ppo.digest})
+    evaluated = made(store, "evaluate", {"ppo": ppo}, f"wins {seed}" * 100, seed=seed)
+
+    def link(directory):
+        (directory / "policy").mkdir()
+        os.link(ppo.directory / "out.txt", directory / "policy" / "out.txt")
+        lineage.write(directory / "policy", ppo.directory)
+        return {}
+
+    inputs = {"policy": ppo, "evaluate": evaluated}
+    registered = run(Stage("register", Path(store.workspace), {"seed": seed}, inputs, ()), link)
+    return tracking.register_version(
+        store, "chat-policy", registered.directory / "policy", None, {"digest": ppo.digest}
+    )
 
 
-def left(store) -> dict[str, int]:
-    """Stage -> directories of it."""
-    workspace = Path(store.workspace)
-    return {
-        stage: len(list((workspace / stage).glob("*/"))) for stage in ("base", "sft", "ppo", "register", "champion")
-    }
+def left(store) -> list[int]:
+    """Directories of base, SFT, PPO, evaluation, registered files and fetched copies."""
+    stages = ("base", "sft", "ppo", "evaluate", "register", "champion")
+    return [len(list((Path(store.workspace) / stage).glob("*/"))) for stage in stages]
 
 
 def test_what_a_version_was_made_from_stays(store):
@@ -63,9 +70,9 @@ def test_what_a_version_was_made_from_stays(store):
         ("ppo", "was not finished"),
         ("champion", "a copy of a registered model"),
     }
-    assert left(store) == {"base": 1, "sft": 2, "ppo": 2, "register": 1, "champion": 1}  # a plan changes nothing
+    assert left(store) == [1, 2, 2, 1, 1, 1]  # a plan changes nothing
     prune.carry_out(store, planned)
-    assert left(store) == {"base": 1, "sft": 1, "ppo": 1, "register": 1, "champion": 0}
+    assert left(store) == [1, 1, 1, 1, 1, 0]
     assert prune.plan(store) == prune.Plan([], [])
     assert not list(Path(store.workspace).glob("*/.removed-*"))
 
@@ -78,14 +85,19 @@ def test_keep_deletes_old_versions_but_none_with_an_alias(store):
     assert [version.version for version in planned.versions] == [2]
     # The policy of version 2 has two names, in ppo/ and register/, and both go: it counts once.
     names = {removal.directory.parent.name for removal in planned.removals}
-    assert names == {"sft", "ppo", "register"}
-    files = {path.stat().st_ino: path.stat().st_size for r in planned.removals for path in r.directory.rglob("*.*")}
+    assert names == {"sft", "ppo", "evaluate", "register"}
+    files = {
+        path.stat().st_ino: path.stat().st_size
+        for removal in planned.removals
+        for path in removal.directory.rglob("*")
+        if path.is_file()
+    }
     assert planned.size == sum(files.values())
     prune.carry_out(store, planned)
     assert [version.version for version in tracking.versions(store, "chat-policy")] == [3, 1]
     for version in tracking.versions(store, "chat-policy"):
         lineage.of_version(store, version)
-        assert (Path(store.workspace) / "register" / str(version.version) / "policy" / "out.txt").exists()
+        assert (Path(unquote(urlsplit(version.source).path)) / "out.txt").exists()
 
 
 def test_a_file_that_another_directory_links_to_frees_nothing(store):
@@ -104,7 +116,7 @@ def test_an_alias_that_moves_meanwhile_saves_its_version(store):
     tracking.set_alias(store, "chat-policy", "champion", 1)
     with pytest.raises(ValueError, match="chat-policy version 1 is champion now"):
         prune.carry_out(store, planned)
-    assert left(store)["register"] == 2
+    assert left(store)[4] == 2
 
 
 def hold(workspace: str, ready, done) -> None:
@@ -126,4 +138,4 @@ def test_nothing_is_removed_under_a_run_and_a_dead_run_holds_nothing(store):
     process.kill()
     process.join()
     prune.carry_out(store, planned)
-    assert left(store)["sft"] == 0
+    assert left(store)[1] == 0

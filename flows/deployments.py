@@ -32,6 +32,7 @@ from prefect.events import EventTrigger
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, Posture
 from prefect.exceptions import ObjectNotFound
+from pydantic import ValidationError
 
 from flows.retrain import retrain
 from tasks.config import ConfigError, RunConfig
@@ -83,9 +84,9 @@ def deployment(request: Request) -> RunnerDeployment:
     strategy = {"queue": ConcurrencyLimitStrategy.ENQUEUE, "cancel": ConcurrencyLimitStrategy.CANCEL_NEW}
     try:
         schedule = CronSchedule(cron=request.cron, timezone=request.timezone or "UTC") if request.cron else None
-    except ValueError as error:
-        reason = str(error).splitlines()[-1].strip().partition(" [type")[0].removeprefix("Value error, ")
-        raise ConfigError(f"--cron {request.cron!r}, --timezone {request.timezone}: {reason}") from None
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--cron {request.cron!r}, --timezone {request.timezone or 'UTC'}: {reason}") from None
     made = retrain.to_deployment(
         request.name,
         schedules=[schedule] if schedule else None,

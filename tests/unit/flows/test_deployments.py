@@ -40,7 +40,13 @@ def test_a_deployment_starts_a_module_by_schedule_one_run_at_a_time() -> None:
     assert made.job_variables["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "60"
 
 
-@pytest.mark.parametrize("wrong", [{"cron": "every night"}, {"cron": "0 2 * * *", "timezone": "Middle/Earth"}])
-def test_a_schedule_that_is_none(wrong: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="--cron"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cron": "every night"}, "--cron 'every night', --timezone UTC: Invalid cron"),
+        ({"cron": "0 2 * * *", "timezone": "Middle/Earth"}, "--timezone Middle/Earth: Invalid timezone"),
+    ],
+)
+def test_a_schedule_that_is_none(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         deployment(request(**wrong))

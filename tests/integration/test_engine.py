@@ -47,8 +47,19 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return run_steps(tmp_path_factory.mktemp("plain"), 1, -1, 0)
 
 
+SLOW = pytest.mark.slow  # each case starts DeepSpeed in one to six processes
+
+
 @pytest.mark.parametrize(
-    ("processes", "stage", "tokens"), [(1, 0, 100), (1, 0, 1), (1, 2, 20), (2, 2, 1), (2, 3, 20)], ids=str
+    ("processes", "stage", "tokens"),
+    [
+        (1, 0, 100),
+        pytest.param(1, 0, 1, marks=SLOW),
+        pytest.param(1, 2, 20, marks=SLOW),
+        pytest.param(2, 2, 1, marks=SLOW),
+        (2, 3, 20),
+    ],
+    ids=str,
 )
 def test_every_cut_of_the_batch_gives_the_losses_of_plain_torch(tmp_path, plain, processes, stage, tokens):
     """Rows of 100 tokens hold the batch of 8 samples, rows of 1 a sample each: 8 micro-batches, or 2 x 4."""
@@ -57,7 +68,9 @@ def test_every_cut_of_the_batch_gives_the_losses_of_plain_torch(tmp_path, plain,
     assert result["norms"] == pytest.approx(plain["norms"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (2, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("processes", "stage"), [(1, 0), pytest.param(2, 2, marks=SLOW), pytest.param(2, 3, marks=SLOW)], ids=str
+)
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, processes, stage):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
@@ -86,7 +99,7 @@ def test_adapters_resume_bit_for_bit_on_an_untouched_base_and_are_merged(tmp_pat
     assert undisturbed["merged_gap"] < 1e-5
 
 
-@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_an_fp16_overflow_of_one_engine_skips_the_step_of_both(stage):
     printed = run_ranks(FP16_PROGRAM, 1, stage).splitlines()
     first, second, third = (json.loads(line) for line in printed if line.startswith("{"))

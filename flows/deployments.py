@@ -25,13 +25,15 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import EventTrigger
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
 
 from flows.retrain import retrain
@@ -128,6 +130,21 @@ def serve(request: Request) -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a stop it shows the tracebacks of open connections
     with suppress(asyncio.CancelledError, KeyboardInterrupt):  # how a stop ends it
         asyncio.run(runner.start())
+
+
+def tell_stopped(api_url: str, name: str) -> None:
+    """Tell Prefect of the runs that ended with their runner, which had no time to: they have crashed, not run on.
+
+    So they are scheduled again, and go on when the deployment is served the next time.
+    """
+    with temporary_settings({PREFECT_API_URL: api_url}), get_client(sync_client=True) as client:
+        running = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(name={"any_": [name]}),
+            flow_run_filter=FlowRunFilter(state={"type": {"any_": ["RUNNING", "PENDING"]}}),
+        )
+        for run in running:
+            state = State(type=StateType.CRASHED, message="`rlhf serve` was stopped; the run goes on when it is back.")
+            client.set_flow_run_state(run.id, state, force=True)
 
 
 def watch_over(client: SyncPrefectClient, deployment_id: UUID, name: str) -> None:

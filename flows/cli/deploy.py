@@ -84,7 +84,7 @@ def serve(
     request = _request(config, set_, name, cron, timezone, overlap, always)
     from pathlib import Path
 
-    from flows import local
+    from flows import deployments, local
     from infra.owned import OwnedProcess
 
     say = console.console.print
@@ -100,6 +100,7 @@ def serve(
                 time.sleep(0.5)
         finally:
             code = runner.stop()
+            deployments.tell_stopped(env["PREFECT_API_URL"], name)
     raise ValueError(f"Prefect's runner ended with exit code {code}; what it said stands above")
 
 

@@ -98,4 +98,4 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(served: Any, folder: Path, pr
     assert ended.left == []
     assert "Traceback" not in ended.output
     assert list((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json"))
-    assert run_of(prefect_api, run_id)["state_type"] != "RUNNING"
+    assert states(prefect_api, run_id)[-2:] == ["Crashed", "Rescheduled"]  # it goes on at the next `rlhf serve`

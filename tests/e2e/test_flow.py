@@ -116,7 +116,7 @@ def test_the_first_run_ends_with_a_champion(first: Any, folder: Path) -> None:
 def test_every_stage_left_a_manifest_and_what_it_is_for(first: Any, folder: Path) -> None:
     made = Counter(name.partition("/")[0] for name in manifests(folder))
     assert made["download"] == made["clean"] == SOURCES
-    assert sum(made.values()) == STAGES + 1  # and that of the registered files
+    assert sum(made.values()) == STAGES + 2  # and those of the registered files and the report of the data
     for stage in ("base", "sft", "reward", "ppo"):
         (folder_,) = (folder / "workspace" / stage).glob("*/model")
         assert (folder_ / "model.safetensors").is_file()

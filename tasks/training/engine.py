@@ -189,6 +189,7 @@ def train_engine(
         lr_scheduler=schedule,
         config=_deepspeed_config(config, gradient_clipping=optimizer.max_grad_norm),
     )
+    _announce_head(model)
     engine.train()
     return TrainEngine(engine, device)
 
@@ -204,8 +205,23 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
     stage = 3 if config.zero_stage == 3 else 0
     settings = _deepspeed_config(config.model_copy(update={"zero_stage": stage, "offload_optimizer": False}))
     engine, *_ = deepspeed.initialize(model=model.to(device), config=settings)
+    _announce_head(model)
     engine.eval()  # DeepSpeed's returns nothing
     return engine
+
+
+def _announce_head(model: Any) -> None:
+    """Tell ZeRO-3 that a policy reads its head's parameters outside of the head, for the loss without the logits.
+
+    DeepSpeed notices by itself, but only in a pass that finds them partitioned, and then the order of parameters that
+    it has recorded no longer holds.
+    """
+    import deepspeed
+
+    head = model.model.get_output_embeddings()
+    for parameter in () if head is None else head.parameters():
+        if hasattr(parameter, "ds_id"):
+            deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def export(

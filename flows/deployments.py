@@ -17,7 +17,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -62,8 +62,6 @@ class Request:
     """A run ends at once where data, config and code are those of the last one."""
     pool: str | None = None
     """Work pool; None with `serve`."""
-    env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of a worker's runs."""
 
 
 def absolute(config: RunConfig) -> dict[str, Any]:
@@ -97,7 +95,7 @@ def deployment(request: Request) -> RunnerDeployment:
         tags=[str(request.config["name"])],
         description="Retrains an aligned chat model: SFT, reward model, PPO; a better one becomes champion.",
         work_pool_name=request.pool,
-        job_variables=_job_variables(request) if request.pool else None,
+        job_variables=_job_variables() if request.pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,  # a path would put flows/ first on sys.path
     )
     assert isinstance(made, RunnerDeployment)
@@ -188,9 +186,9 @@ def watch_over(client: SyncPrefectClient, deployment_id: UUID, name: str) -> Non
         client.create_automation(automation)
 
 
-def _job_variables(request: Request) -> dict[str, Any]:
+def _job_variables() -> dict[str, Any]:
     environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), "DO_NOT_TRACK": "1"}
-    return {"working_dir": str(REPO), "env": environment | dict(request.env)}
+    return {"working_dir": str(REPO), "env": environment}
 
 
 def _absolute(path: str | None) -> str | None:

@@ -45,7 +45,7 @@ def deploy(
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Deploy the flow with a config on a work pool: runs start by schedule, from Prefect's form, or by an event."""
+    """Deploy the flow with a config on a work pool: runs start by schedule or from Prefect's form."""
     url = _server()
     request = _request(config, set_, name, cron, timezone, overlap, always)
     os.environ["PREFECT_API_URL"] = url

@@ -53,13 +53,11 @@ def shingles(text: str) -> NDArray[np.uint32]:
     return mixed
 
 
-def signature(text: str) -> NDArray[np.uint32]:
-    """[PERMUTATIONS]; the share of equal entries of two signatures estimates the similarity of their texts."""
-    return signatures_of([text])[0]
-
-
 def signatures_of(texts: Sequence[str]) -> Signatures:
-    """The signatures of texts, computed together: datasketch's numbers in half its time, which goes by text."""
+    """[N, PERMUTATIONS]; the share of equal entries of two estimates the similarity of their texts.
+
+    Computed together: datasketch's numbers in half its time, which goes by text.
+    """
     made = np.empty((len(texts), PERMUTATIONS), dtype=np.uint32)
     if not texts:
         return made

@@ -35,7 +35,7 @@ def texts(seed: int = 0) -> list[str]:
 
 
 def labels_of(made: list[str]) -> np.ndarray:
-    return dedup.clusters(np.stack([dedup.signature(text) for text in made]))
+    return dedup.clusters(dedup.signatures_of(made))
 
 
 def test_clusters_agree_with_brute_force() -> None:
@@ -57,12 +57,12 @@ def test_a_signature_is_datasketchs() -> None:
     made = MinHash(num_perm=dedup.PERMUTATIONS, seed=1, hashfunc=int)
     for shingle in dedup.shingles(text):
         made.update(shingle)
-    assert made.hashvalues.tolist() == dedup.signature(text).tolist()
+    assert made.hashvalues.tolist() == dedup.signatures_of([text])[0].tolist()
 
 
 def test_texts_do_not_mix_when_their_signatures_are_made_together() -> None:
     made = [*texts()[:50], "", "one", "one two three", "!"]
-    assert dedup.signatures_of(made).tolist() == [dedup.signature(text).tolist() for text in made]
+    assert dedup.signatures_of(made).tolist() == [dedup.signatures_of([text])[0].tolist() for text in made]
     assert dedup.signatures_of([]).shape == (0, dedup.PERMUTATIONS)
 
 
@@ -71,7 +71,7 @@ def test_signatures_estimate_the_similarity() -> None:
     errors = []
     for i in range(0, len(made), 5):
         for j in range(i + 1, i + 5):
-            estimate = (dedup.signature(made[i]) == dedup.signature(made[j])).mean()
+            estimate = (dedup.signatures_of([made[i]])[0] == dedup.signatures_of([made[j]])[0]).mean()
             errors.append(estimate - jaccard(made[i], made[j]))
     assert abs(np.mean(errors)) < 0.01
     assert np.std(errors) < 0.05
@@ -94,7 +94,7 @@ def test_more_texts_split_no_cluster() -> None:
 
 
 def test_only_texts_of_one_kind_are_compared() -> None:
-    signature = dedup.signature("the very same words in both of them")
+    signature = dedup.signatures_of(["the very same words in both of them"])[0]
     assert dedup.clusters(np.stack([signature, signature, signature]), np.array([7, 8, 7])).tolist() == [0, 1, 0]
 
 

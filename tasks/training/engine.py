@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.lora import merged
+from tasks.training.models import Policy
 from tasks.training.ranks import all_sum, rank, world_size
 from tasks.training.types import Engine, Micro, StepReport
 
@@ -210,7 +211,7 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
     return engine
 
 
-def _announce_head(model: Any) -> None:
+def _announce_head(model: nn.Module) -> None:
     """Tell ZeRO-3 that a policy reads its head's parameters outside of the head, for the loss without the logits.
 
     DeepSpeed notices by itself, but only in a pass that finds them partitioned, and then the order of parameters that
@@ -218,8 +219,9 @@ def _announce_head(model: Any) -> None:
     """
     import deepspeed
 
-    head = model.model.get_output_embeddings()
-    for parameter in () if head is None else head.parameters():
+    if not isinstance(model, Policy):
+        return
+    for parameter in model.model.get_output_embeddings().parameters():
         if hasattr(parameter, "ds_id"):
             deepspeed.zero.register_external_parameter(model, parameter)
 

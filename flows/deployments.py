@@ -5,7 +5,7 @@
 
 A run that dies without a word (kill -9, the machine) is found and starts again: Prefect's server takes a run whose
 heartbeats stop for crashed, and a crashed run is scheduled anew, as the same run, which goes on from its checkpoints;
-after `retrain.MOST_TRIES` tries it fails. Both are automations, made here, one pair per deployment.
+after `retrain.MOST_TRIES` tries it fails. This, starts by events and notifications are `flows.automations`.
 
 Run as a program it serves the request of its one argument, a JSON object: `rlhf serve` starts it under a supervisor,
 since Prefect's runner leaves the flows' processes behind when it is stopped.
@@ -15,10 +15,9 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
@@ -29,21 +28,14 @@ from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
-from prefect.events import EventTrigger
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import AutomationCore, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
 
+from flows import automations
 from flows.retrain import retrain
 from tasks.config import ConfigError, RunConfig
 from tasks.stages import REPO
-
-HEARTBEAT_SECONDS = 60
-SECONDS_TO_ZOMBIE = 4 * HEARTBEAT_SECONDS
-STILL = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
-"""States in which a run sends no heartbeats."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,10 @@ class Request:
     """What becomes of a run that is due while an earlier one of this deployment runs: it waits, or is cancelled."""
     only_if_new: bool = True
     """A run ends at once where data, config and code are those of the last one."""
+    on_events: bool = True
+    """A run also starts when a set changes or the champion falls below a gate."""
+    notify: Sequence[str] = ()
+    """Prefect's notification blocks that are told of failures, waiting for approval and new champions, as TYPE/NAME."""
     pool: str | None = None
     """Work pool; None with `serve`."""
 
@@ -110,9 +106,10 @@ def deploy(request: Request) -> UUID:
             client.read_work_pool(request.pool)
         except ObjectNotFound:
             client.create_work_pool(WorkPoolCreate(name=request.pool, type="process"))
+        blocks = _notified(client, request)
         known = deployment(request).apply()
         assert isinstance(known, UUID)
-        watch_over(client, known, request.name)
+        _renew_automations(client, known, request, blocks)
     return known
 
 
@@ -124,7 +121,7 @@ def serve(request: Request) -> None:
     known = runner.add_deployment(deployment(request))
     assert isinstance(known, UUID)
     with get_client(sync_client=True) as client:
-        watch_over(client, known, request.name)
+        _renew_automations(client, known, request, _notified(client, request))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a stop it shows the tracebacks of open connections
     with suppress(asyncio.CancelledError, KeyboardInterrupt):  # how a stop ends it
         asyncio.run(runner.start())
@@ -145,49 +142,30 @@ def tell_stopped(api_url: str, name: str) -> None:
             client.set_flow_run_state(run.id, state, force=True)
 
 
-def watch_over(client: SyncPrefectClient, deployment_id: UUID, name: str) -> None:
-    """Make or renew the automations that find dead runs of a deployment and start them again."""
-    of_ours = {"prefect.resource.role": "deployment", "prefect.resource.id": f"prefect.deployment.{deployment_id}"}
-    any_run = {"prefect.resource.id": "prefect.flow-run.*"}
-    dead = EventTrigger(
-        after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in STILL)},
-        match=any_run,
-        match_related=of_ours,
-        for_each={"prefect.resource.id"},
-        posture=Posture.Proactive,
-        threshold=1,
-        within=timedelta(seconds=SECONDS_TO_ZOMBIE),
+def check_notified(api_url: str, request: Request) -> None:
+    """Raises ConfigError if Prefect has not the notification blocks that are to be told."""
+    with temporary_settings({PREFECT_API_URL: api_url}), get_client(sync_client=True) as client:
+        _notified(client, request)
+
+
+def _notified(client: SyncPrefectClient, request: Request) -> list[UUID]:
+    return [automations.notification_block(client, slug) for slug in request.notify]
+
+
+def _renew_automations(client: SyncPrefectClient, deployment_id: UUID, request: Request, blocks: list[UUID]) -> None:
+    automations.renew(
+        client,
+        deployment_id,
+        request.name,
+        model=str(request.config["name"]),
+        sources=list(request.config["data"]["sources"]),
+        on_events=request.on_events,
+        blocks=blocks,
     )
-    crashed = EventTrigger(
-        expect={"prefect.flow-run.Crashed"},
-        match=any_run,
-        match_related=of_ours,
-        posture=Posture.Reactive,
-        threshold=1,
-        within=timedelta(0),
-    )
-    lost = f"It gave no sign of life for {SECONDS_TO_ZOMBIE} s."
-    again = "It crashed and starts again, from its checkpoints."
-    for automation in (
-        AutomationCore(
-            name=f"retrain/{name}: dead runs have crashed",
-            trigger=dead,
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, name=None, message=lost)],
-        ),
-        AutomationCore(
-            name=f"retrain/{name}: crashed runs start again",
-            trigger=crashed,
-            actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="Rescheduled", message=again)],
-        ),
-    ):
-        for old in client.read_automations_by_name(automation.name):
-            client.delete_automation(old.id)
-        client.create_automation(automation)
 
 
 def _job_variables() -> dict[str, Any]:
-    environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), "DO_NOT_TRACK": "1"}
+    environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(automations.HEARTBEAT_SECONDS), "DO_NOT_TRACK": "1"}
     return {"working_dir": str(REPO), "env": environment}
 
 

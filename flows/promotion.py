@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
-from tasks import tracking
+from tasks import events, tracking
 from tasks.promote import Judgement, Verdict, promote_model, resolve, roll_back_model
 
 
@@ -58,6 +58,10 @@ def rollback(name: str, version: int, workspace: str, why: str = "") -> Verdict:
 
 def _tell(store: tracking.Store, name: str, version: int, verdict: Verdict, what: str, key: str) -> None:
     get_run_logger().info(verdict.reason)
+    if verdict.promoted:
+        serving = tracking.alias(store, name, tracking.CHAMPION)
+        assert serving is not None
+        events.champion_changed(name, serving.version, verdict.reason)
     url = tracking.model_url(store, name, version)
     where = f"[{name} version {version}]({url})" if url else f"{name} version {version}. {tracking.how_to_open(store)}"
     text = f"**{what}.** {verdict.reason}\n\n{where}\n"

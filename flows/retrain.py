@@ -21,6 +21,7 @@ from flows.prepare import preparation
 from flows.promotion import promotion
 from tasks import (
     dag,
+    events,
     figures,
     gates,
     headlines,
@@ -158,7 +159,11 @@ def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
         refs["compare"] = train.compare(run, refs, train.standing(run, champion), return_state=True).result()
         compared = gates.answers(refs["compare"].directory)
     evidence = gates.Evidence(gates.answers(refs["evaluate"].directory), compared, refs["reward"].metrics)
-    results = gates.check(run.config.promote.gates.sentences, evidence)
+    sentences = run.config.promote.gates.sentences
+    results = gates.check(sentences, evidence)
+    missed = [result for result in gates.check_champion(sentences, evidence) if not result.passed]
+    if champion is not None and missed:
+        events.champion_below_gate(champion.name, champion.version, missed)
     return Judgement(results, champion.version if champion else None)
 
 

@@ -97,7 +97,11 @@ def prefect_server(*, log: Path, port: int | None = None) -> Server:
     port = port or free_port()
     env = {
         "PREFECT_SERVER_API_PORT": str(port),  # with --port alone the UI goes on calling port 4200
-        **_unless_set(PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false"),
+        **_unless_set(
+            PREFECT_SERVER_ANALYTICS_ENABLED="false",
+            PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+            PREFECT_UI_URL=f"http://{HOST}:{port}",  # what notifications link to
+        ),
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     return Server("Prefect", command, env, port=port, paths=("/api", "/api/health"), log=log)

@@ -11,10 +11,13 @@ from typing import Any
 
 from prefect.events import emit_event
 
+from tasks.events import FROM, sender
 from tasks.stages import StageRef
 
 MATERIALISED = "prefect.asset.materialization.succeeded"
 REFERENCED = "prefect.asset.referenced"
+NEW = "rlhf.new"
+"""Label of a referenced set: "true" where its rows were fetched just now, "false" where they were there."""
 
 
 def key(ref: StageRef) -> str:
@@ -32,7 +35,8 @@ def materialised(ref: StageRef, inputs: Iterable[StageRef], config: Mapping[str,
     upstream = [key(read) for read in inputs]
     if ref.stage == "download":
         upstream.append(data_key(config["source"], ref.metrics["revision"]))
-        emit_event(event=REFERENCED, resource={"prefect.resource.id": upstream[-1]}, related=[])
+        labels = {"prefect.resource.id": upstream[-1], NEW: str(not ref.cached).lower(), FROM: sender()}
+        emit_event(event=REFERENCED, resource=labels, related=[])
     related = [{"prefect.resource.id": asset, "prefect.resource.role": "asset"} for asset in upstream]
     emit_event(
         event=MATERIALISED,

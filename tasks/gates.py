@@ -148,6 +148,23 @@ def check(sentences: Mapping[str, str], evidence: Evidence) -> list[GateResult]:
     return [_result(name, sentence, evidence) for name, sentence in sentences.items()]
 
 
+def check_champion(sentences: Mapping[str, str], evidence: Evidence) -> list[GateResult]:
+    """The verdict of the gates on the present champion, on the prompts that it was compared on; none without one.
+
+    Only of measures that are taken of it: its KL, say, would be from the SFT model of another run.
+    """
+    if evidence.compared is None:
+        return []
+    answers = iter(evidence.answers)  # of which the compared ones are a subsequence
+    rows = []
+    for row in evidence.compared:
+        ours = next(one for one in answers if (one["prompt"], one["ppo"]) == (row["prompt"], row["ppo"]))
+        champion = {f"ppo{key.removeprefix('champion')}": row[key] for key in row if key.startswith("champion")}
+        rows.append({**ours, **champion})
+    own = Evidence(rows, None, evidence.reward)
+    return check({name: sentences[name] for name in OF_CHAMPION if name in sentences}, own)
+
+
 def _result(name: str, sentence: str, evidence: Evidence) -> GateResult:
     measure, gate = MEASURES[name], parse(name, sentence)
     value = measure.of(evidence, None)
@@ -234,3 +251,6 @@ MEASURES: Mapping[str, Measure] = {
     "eos_rate": Measure("share of answers that end by themselves", _mean("ended"), ("sft",)),
 }
 """Measure -> how it is measured. `tasks.config.GatesConfig` has a field for each."""
+
+OF_CHAMPION = ("win_rate_vs_sft", "reward", "tokens", "eos_rate")
+"""Those that a comparison takes of the champion as well."""

@@ -27,6 +27,19 @@ Overlap = Annotated[
     typer.Option("--overlap", help="A run that is due while an earlier one runs waits for it, or is cancelled."),
 ]
 Always = Annotated[bool, typer.Option("--always", help="Run all steps even if data, config and code are unchanged.")]
+Events = Annotated[
+    bool,
+    typer.Option("--events/--no-events", help="Runs also start when a set changes or the champion falls below a gate."),
+]
+Notify = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--notify",
+        metavar="TYPE/NAME",
+        help="Notification block of Prefect that is told of failures, waiting for approval and new champions, such as "
+        "slack-webhook/team; may be given several times.",
+    ),
+]
 GRACE_SECONDS = 28.0
 """For the checkpoint of a run (20 s) and for what Prefect does after it."""
 
@@ -42,12 +55,14 @@ def deploy(
     timezone: Timezone = None,
     overlap: Overlap = "queue",
     always: Always = False,
+    events: Events = True,
+    notify: Notify = None,
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
     """Deploy the flow with a config on a work pool: runs start by schedule or from Prefect's form."""
     url = _server()
-    request = _request(config, set_, name, cron, timezone, overlap, always)
+    request = _request(config, set_, name, cron, timezone, overlap, always, events, notify)
     os.environ["PREFECT_API_URL"] = url
     from dataclasses import replace
 
@@ -66,6 +81,7 @@ def deploy(
         f"Deployed retrain/{name}{_when(request)}: {url.removesuffix('/api')}/deployments/deployment/{known}",
         soft_wrap=True,
     )
+    _say_notified(request)
     say(f"Its runs are started by a worker: `prefect worker start --pool {pool}`.", soft_wrap=True)
     say(f"A run now: `prefect deployment run retrain/{name}`.", soft_wrap=True)
 
@@ -77,11 +93,13 @@ def serve(
     timezone: Timezone = None,
     overlap: Overlap = "queue",
     always: Always = False,
+    events: Events = True,
+    notify: Notify = None,
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
     """Start runs by schedule or from Prefect's form on this machine, without a worker, until Ctrl-C."""
-    request = _request(config, set_, name, cron, timezone, overlap, always)
+    request = _request(config, set_, name, cron, timezone, overlap, always, events, notify)
     from pathlib import Path
 
     from flows import deployments, local
@@ -90,11 +108,13 @@ def serve(
     say = console.console.print
     with local.terminated_in_order(), local.ui_servers(Path(str(request.config["workspace"])), None, None) as addresses:
         env = {"PREFECT_API_URL": f"{addresses['Prefect']}/api", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
+        deployments.check_notified(env["PREFECT_API_URL"], request)
         command = [sys.executable, "-m", "flows.deployments", json.dumps(asdict(request))]
         runner = OwnedProcess(command, env=env, output=sys.stdout.fileno(), grace_seconds=GRACE_SECONDS)
         try:
             for title, address in addresses.items():
                 say(f"{title}: {address}", soft_wrap=True)
+            _say_notified(request)
             say(f"Serving retrain/{name}{_when(request)}. [dim]Ctrl-C ends it; a run stops at a checkpoint.[/]")
             while runner.exit_code is None:
                 time.sleep(0.5)
@@ -112,6 +132,8 @@ def _request(
     timezone: str | None,
     overlap: Literal["queue", "cancel"],
     always: bool,
+    events: bool,
+    notify: list[str] | None,
 ) -> "Request":
     """The deployment that is asked for, with all that can be said against it before a server is asked."""
     from tasks import dag
@@ -121,7 +143,9 @@ def _request(
     dag.graph(parsed)
     from flows import deployments
 
-    request = deployments.Request(name, deployments.absolute(parsed), cron, timezone, overlap, not always)
+    request = deployments.Request(
+        name, deployments.absolute(parsed), cron, timezone, overlap, not always, events, tuple(notify or ())
+    )
     deployments.deployment(request)
     return request
 
@@ -144,3 +168,9 @@ def _server() -> str:
 
 def _when(request: "Request") -> str:
     return f" ({request.cron}, {request.timezone or 'UTC'})" if request.cron else ""
+
+
+def _say_notified(request: "Request") -> None:
+    if request.notify:
+        what = "Told of failures, waiting for approval and new champions"
+        console.console.print(f"{what}: {', '.join(request.notify)}.", soft_wrap=True)

@@ -137,3 +137,26 @@ def test_interval_is_that_of_the_normal_approximation_for_many_values():
 @given(st.sampled_from(sorted(gates.OPERATORS)), st.decimals(-1000, 1000, places=3), st.sampled_from(["", " "]))
 def test_any_number_is_read_back(sign, number, space):
     assert gates.parse("kl", f"{sign}{space}{number}").value == Comparison(sign, None, float(number))
+
+
+def test_the_champion_is_held_to_the_gates_that_are_measured_of_it():
+    def told(prompt: str, tokens: int, sft: float) -> dict:
+        return {**answer(1.0, sft), "prompt": prompt, "ppo": "mine", "ppo_tokens": tokens, "sft_tokens": 10}
+
+    def beside(prompt: str, reward: float, tokens: int) -> dict:
+        champion = {"champion": "its", "champion_reward": reward, "champion_tokens": tokens, "champion_ended": True}
+        return {"prompt": prompt, "ppo": "mine", "ppo_reward": 1.0, "ppo_tokens": 12, **champion}
+
+    # Of four prompts the champion may be asked three: it beats SFT on one and loses two, at 20 tokens each.
+    rows = [told("a", 12, 0.0), told("left out", 12, 9.0), told("b", 12, 0.6), told("c", 12, 0.6)]
+    compared = [beside("a", 0.5, 20), beside("b", 0.5, 20), beside("c", 0.5, 20)]
+    sentences = {
+        "win_rate_vs_sft": ">= 0.5",
+        "tokens": "<= sft + 10",
+        "kl": "<= 0",  # not measured of it
+    }
+    found = gates.check_champion(sentences, Evidence(rows, compared, {}))
+    assert [(gate.name, gate.passed) for gate in found] == [("win_rate_vs_sft", False), ("tokens", True)]
+    assert found[0].value == pytest.approx(1 / 3)
+    assert (found[1].value, found[1].baselines) == (20.0, {"sft": 10.0})
+    assert gates.check_champion(sentences, Evidence(rows, None, {})) == []

@@ -1,0 +1,185 @@
+"""What Prefect's server does by itself for a deployment of `retrain`, as its automations.
+
+- A run whose heartbeats stop has crashed, and one that crashed is scheduled again, as the same run.
+- A set that changes, and a champion that falls below a gate, start a run.
+- A failure, a run that waits for approval, and a champion that changes are told to the notification blocks.
+
+The events of the middle line are those of `tasks.assets` and `tasks.events`, from runs of other deployments and of
+`rlhf run`; and the asset events of others who write a set, such as a task `@materialize("dataset://NAME")`.
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import BlockDocument, StateType
+from prefect.events import EventTrigger
+from prefect.events.actions import ChangeFlowRunState, RunDeployment, SendNotification
+from prefect.events.schemas.automations import AutomationCore, Posture
+from prefect.exceptions import ObjectNotFound
+
+from tasks import assets, events
+from tasks.config import ConfigError
+from tasks.register import policy_name
+
+HEARTBEAT_SECONDS = 60
+SECONDS_TO_ZOMBIE = 4 * HEARTBEAT_SECONDS
+STILL = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
+"""States in which a run sends no heartbeats."""
+WAITING = ("Paused", "Suspended")
+ANY_RUN: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
+TITLES = (
+    "dead runs have crashed",
+    "crashed runs start again",
+    "a new revision of a set starts a run",
+    "a set that others write starts a run",
+    "a champion below a gate starts a run",
+    "failures are told",
+    "waiting for approval is told",
+    "a new champion is told",
+)
+
+
+def renew(
+    client: SyncPrefectClient,
+    deployment_id: UUID,
+    name: str,
+    *,
+    model: str,
+    sources: Sequence[str],
+    on_events: bool,
+    blocks: Sequence[UUID],
+) -> None:
+    """Make the automations of a deployment; those that it had are replaced.
+
+    Args:
+        name: of the deployment.
+        model: the `name` of its run config.
+        sources: the preference sets that it reads.
+        on_events: runs start when a set changes or the champion falls below a gate.
+        blocks: ids of the notification blocks that are told.
+    """
+    for title in TITLES:
+        for old in client.read_automations_by_name(f"retrain/{name}: {title}"):
+            client.delete_automation(old.id)
+    made = [*_watching(deployment_id)]
+    made += _starting(deployment_id, policy_name(model), sources) if on_events else []
+    made += _telling(deployment_id, policy_name(model), blocks) if blocks else []
+    for automation in made:
+        assert automation.name in TITLES
+        client.create_automation(automation.model_copy(update={"name": f"retrain/{name}: {automation.name}"}))
+
+
+def notification_block(client: SyncPrefectClient, slug: str) -> UUID:
+    """The id of a saved notification block that is named as TYPE/NAME, such as slack-webhook/team.
+
+    Its secrets are not read. Raises ConfigError that names those there are.
+    """
+    kind, _, name = slug.partition("/")
+    try:
+        found = client.read_block_document_by_name(name, kind, include_secrets=False)
+    except ObjectNotFound:
+        pass
+    else:
+        if _notifies(found):
+            return found.id
+    saved = [one for one in client.read_block_documents(include_secrets=False) if _notifies(one)]
+    names = sorted(f"{one.block_type.slug}/{one.name}" for one in saved if one.block_type is not None)
+    raise ConfigError(
+        f"--notify {slug}: Prefect has no notification block of that name, there "
+        f"{'are ' + ', '.join(names) if names else 'is none yet'}; make one in Prefect's UI under Blocks, and give its "
+        "type and name, such as slack-webhook/team"
+    )
+
+
+def _notifies(block: BlockDocument) -> bool:
+    return block.block_schema is not None and "notify" in block.block_schema.capabilities
+
+
+def _of(deployment_id: UUID) -> dict[str, str]:
+    return {"prefect.resource.role": "deployment", "prefect.resource.id": f"prefect.deployment.{deployment_id}"}
+
+
+def _at(expect: set[str], match: dict[str, str | list[str]], related: dict[str, str] | None = None) -> EventTrigger:
+    """A trigger that fires at every one of these events."""
+    return EventTrigger(
+        expect=expect,
+        match=match,
+        match_related=related or {},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+
+
+def _watching(deployment_id: UUID) -> Iterator[AutomationCore]:
+    dead = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in STILL)},
+        match=ANY_RUN,
+        match_related=_of(deployment_id),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=SECONDS_TO_ZOMBIE),
+    )
+    lost = f"It gave no sign of life for {SECONDS_TO_ZOMBIE} s."
+    yield AutomationCore(
+        name="dead runs have crashed",
+        trigger=dead,
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, name=None, message=lost)],
+    )
+    again = "It crashed and starts again, from its checkpoints."
+    yield AutomationCore(
+        name="crashed runs start again",
+        trigger=_at({"prefect.flow-run.Crashed"}, ANY_RUN, _of(deployment_id)),
+        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="Rescheduled", message=again)],
+    )
+
+
+def _starting(deployment_id: UUID, model: str, sources: Sequence[str]) -> Iterator[AutomationCore]:
+    """Of the project's own events, those of the deployment's own runs start none."""
+    start = RunDeployment(source="selected", deployment_id=deployment_id)
+    of_others = {events.FROM: f"!{deployment_id}"}
+    revisions = [assets.data_key(source, "*") for source in sources]
+    yield AutomationCore(
+        name="a new revision of a set starts a run",
+        trigger=_at({assets.REFERENCED}, {"prefect.resource.id": revisions, assets.NEW: "true", **of_others}),
+        actions=[start],
+    )
+    written = [key for source in sources for key in (f"dataset://{source}", assets.data_key(source, "*"))]
+    yield AutomationCore(
+        name="a set that others write starts a run",
+        trigger=_at({assets.MATERIALISED}, {"prefect.resource.id": written}),
+        actions=[start],
+    )
+    # Data, config and code may be those of a registered model: that one is set against the champion anew.
+    again = RunDeployment(source="selected", deployment_id=deployment_id, parameters={"only_if_new": False})
+    yield AutomationCore(
+        name="a champion below a gate starts a run",
+        trigger=_at({events.BELOW_GATE}, {"prefect.resource.id": events.champion_key(model), **of_others}),
+        actions=[again],
+    )
+
+
+def _telling(deployment_id: UUID, model: str, blocks: Sequence[UUID]) -> Iterator[AutomationCore]:
+    def told(subject: str, body: str) -> list[SendNotification]:
+        return [SendNotification(block_document_id=block, subject=subject, body=body) for block in blocks]
+
+    of_run = "{{ flow_run.state.message }}\n\n{{ (flow_run | ui_url) or 'flow run ' ~ flow_run.id }}"
+    yield AutomationCore(
+        name="failures are told",
+        trigger=_at({"prefect.flow-run.Failed"}, ANY_RUN, _of(deployment_id)),
+        actions=told("{{ flow_run.name }} failed", of_run),
+    )
+    yield AutomationCore(
+        name="waiting for approval is told",
+        trigger=_at({f"prefect.flow-run.{state}" for state in WAITING}, ANY_RUN, _of(deployment_id)),
+        actions=told("{{ flow_run.name }} waits for approval", of_run),
+    )
+    yield AutomationCore(
+        name="a new champion is told",
+        trigger=_at({events.CHANGED}, {"prefect.resource.id": events.champion_key(model)}),
+        actions=told(f"{model} version {{{{ event.payload.version }}}} serves", "{{ event.payload.reason }}"),
+    )

@@ -1,0 +1,228 @@
+"""The automations of a deployment on a real Prefect server, with a real receiver of its notifications."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import flow
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter
+from prefect.events import emit_event
+from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import Failed, Pending, Suspended
+
+from flows import deployments
+from flows.automations import TITLES
+from tasks import assets, events
+from tasks.config import ConfigError, parse
+from tasks.gates import GateResult
+from tasks.stages import StageRef
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+TOKEN = "t0ken-of-the-webhook"
+SET = "Dahoas/rm-static"
+
+
+@pytest.fixture(scope="module")
+def connected(prefect_api: str) -> Iterator[str]:
+    with temporary_settings({PREFECT_API_URL: prefect_api, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield prefect_api
+
+
+@pytest.fixture(scope="module")
+def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Address of an HTTP server, and what was posted to it; what it does not know it refuses."""
+    bodies: list[dict[str, Any]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            known = self.headers["Authorization"] == f"Bearer {TOKEN}" and self.path == "/hook"
+            if known:
+                bodies.append(body)
+            self.send_response(200 if known else 403)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", bodies
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(connected: str) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def request_(connected: str, received: tuple[str, list[dict[str, Any]]]) -> deployments.Request:
+    webhook("team", f"{received[0]}/hook").save("team")
+    config = deployments.absolute(parse({"name": "told"}))
+    return deployments.Request("told", config, pool="nobody-works-here", notify=("custom-webhook/team",))
+
+
+@pytest.fixture(scope="module")
+def deployed(request_: deployments.Request) -> UUID:
+    return deployments.deploy(request_)
+
+
+def webhook(name: str, url: str) -> CustomWebhookNotificationBlock:
+    return CustomWebhookNotificationBlock(
+        name=name,
+        url=url,
+        json_data={"subject": "{{subject}}", "body": "{{body}}"},
+        headers={"Authorization": "Bearer {{token}}"},
+        secrets={"token": TOKEN},
+    )
+
+
+def wait_for(happened: Callable[[], Any], seconds: float = 30) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.2)
+    return found
+
+
+def runs(client: SyncPrefectClient, deployed: UUID) -> list[Any]:
+    return client.read_flow_runs(deployment_filter=DeploymentFilter(id={"any_": [deployed]}))
+
+
+def test_a_failure_and_a_wait_are_told_with_their_message(
+    client: SyncPrefectClient, deployed: UUID, received: tuple[str, list[dict[str, Any]]]
+) -> None:
+    run = client.create_flow_run_from_deployment(deployed, name="tuesday")
+    client.set_flow_run_state(run.id, Suspended(timeout_seconds=60), force=True)
+    wait_for(lambda: received[1])
+    client.set_flow_run_state(run.id, Failed(message="The disk is full."), force=True)
+    wait_for(lambda: len(received[1]) == 2)
+    waits, failed = received[1]
+    assert waits["subject"] == "tuesday waits for approval"
+    assert failed["subject"] == "tuesday failed"
+    assert failed["body"].startswith("The disk is full.")
+    assert f"/runs/flow-run/{run.id}" in failed["body"]
+    client.delete_flow_run(run.id)
+
+
+def test_a_new_champion_is_told(deployed: UUID, received: tuple[str, list[dict[str, Any]]]) -> None:
+    @flow
+    def promoting() -> None:
+        events.champion_changed("other-policy", 4, "It is another model.")
+        events.champion_changed("told-policy", 3, "It wins.")
+
+    received[1].clear()
+    promoting()
+    wait_for(lambda: received[1])
+    assert received[1] == [{"subject": "told-policy version 3 serves", "body": "It wins."}]
+
+
+def test_changes_that_others_see_start_a_run_and_the_own_ones_none(client: SyncPrefectClient, deployed: UUID) -> None:
+    def download(revision: str, cached: bool) -> None:
+        ref = StageRef("download", "f", "d" * 64, "/tmp", cached, 1.0, {"revision": revision})
+        assets.materialised(ref, [], {"source": SET})
+
+    @flow
+    def part() -> None:
+        download("new-to-this-run", cached=False)
+
+    @flow
+    def retraining(config: dict[str, Any], only_if_new: bool) -> str:
+        part()
+        return events.sender()
+
+    @flow
+    def other() -> None:
+        download("known", cached=True)
+        download("r2", cached=False)
+
+    @flow
+    def writer() -> None:
+        emit_event(assets.MATERIALISED, {"prefect.resource.id": "dataset://of/nobody"})
+        emit_event(assets.MATERIALISED, {"prefect.resource.id": f"dataset://{SET}"})
+
+    own = client.create_flow_run_from_deployment(deployed)
+    assert run_flow(retraining, flow_run=own) == str(deployed)
+    other()
+    writer()
+    wait_for(lambda: len(runs(client, deployed)) >= 3)
+    time.sleep(2)  # a fourth would be there by now
+    started = [run for run in runs(client, deployed) if run.id != own.id]
+    assert len(started) == 2
+    assert all(run.parameters["only_if_new"] is True for run in started)
+
+
+def test_a_champion_below_its_gate_starts_a_run_in_any_case(client: SyncPrefectClient, deployed: UUID) -> None:
+    missed = GateResult("tokens", "tokens per answer", "<= 60", False, 70.0, 66.0, 74.0, {})
+
+    @flow
+    def measuring() -> None:
+        events.champion_below_gate("told-policy", 3, [missed])
+
+    known = {run.id for run in runs(client, deployed)}
+    measuring()
+    (started,) = wait_for(lambda: [run for run in runs(client, deployed) if run.id not in known])
+    assert started.parameters["only_if_new"] is False
+    assert started.parameters["config"]["name"] == "told"
+
+
+def test_a_notification_that_is_refused_keeps_its_token_out_of_the_log(
+    client: SyncPrefectClient, deployed: UUID, request_: deployments.Request, received: Any, prefect_home: Path
+) -> None:
+    webhook("refused", f"{received[0]}/nobody").save("refused")
+    refused = deployments.deploy(replace(request_, name="refused", notify=("custom-webhook/refused",)))
+    run = client.create_flow_run_from_deployment(refused)
+    client.set_flow_run_state(run.id, Failed(message="?"), force=True)
+    log = prefect_home / "server.log"
+    wait_for(lambda: "403" in log.read_text())
+    assert TOKEN not in log.read_text()
+
+
+def test_a_deployment_without_them_takes_its_automations_away(
+    client: SyncPrefectClient, request_: deployments.Request, deployed: UUID
+) -> None:
+    def titles() -> list[str]:
+        return [title for title in TITLES if client.read_automations_by_name(f"retrain/told: {title}")]
+
+    assert titles() == list(TITLES)
+    plain = replace(request_, notify=(), on_events=False)
+    assert deployments.deploy(plain) == deployed
+    assert titles() == list(TITLES[:2])
+
+
+def test_a_block_that_is_not_there_is_named_before_anything_is_deployed(
+    client: SyncPrefectClient, request_: deployments.Request
+) -> None:
+    Secret(value="x").save("plain")
+    for slug in ("slack-webhook/team", "secret/plain", "team"):
+        with pytest.raises(ConfigError, match=f"--notify {slug}: .* there are custom-webhook/.*team; make one"):
+            deployments.deploy(replace(request_, name="never", notify=(slug,)))
+    assert client.read_deployments(deployment_filter=DeploymentFilter(name={"any_": ["never"]})) == []
+
+
+@pytest.mark.parametrize(
+    ("overlap", "becomes"),
+    [("queue", ("SCHEDULED", "AwaitingConcurrencySlot")), ("cancel", ("CANCELLED", "Cancelled"))],
+)
+def test_a_run_that_is_due_while_another_runs(
+    client: SyncPrefectClient, request_: deployments.Request, overlap: Any, becomes: tuple[str, str]
+) -> None:
+    known = deployments.deploy(replace(request_, name=overlap, overlap=overlap, notify=(), on_events=False))
+    first, second = (client.create_flow_run_from_deployment(known) for _ in range(2))
+    assert client.set_flow_run_state(first.id, Pending()).state.type.value == "PENDING"
+    state = client.set_flow_run_state(second.id, Pending()).state
+    assert (state.type.value, state.name) == becomes

@@ -21,6 +21,7 @@ from flows.prepare import preparation
 from flows.promotion import promotion
 from tasks import (
     dag,
+    evaluation_report,
     events,
     figures,
     gates,
@@ -137,6 +138,9 @@ def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
     yield
     refs["reward"] = train.reward(run, refs, return_state=True).result()
     yield
+    if "gold" in run.graph:
+        refs["gold"] = train.gold(run, refs, return_state=True).result()
+        yield
     refs["ppo"] = train.ppo(run, refs, return_state=True).result()
     yield
     refs["evaluate"] = train.evaluate(run, refs, return_state=True).result()
@@ -158,7 +162,15 @@ def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
     if champion is not None and needs_comparison(candidate, champion):
         refs["compare"] = train.compare(run, refs, train.standing(run, champion), return_state=True).result()
         compared = gates.answers(refs["compare"].directory)
-    evidence = gates.Evidence(gates.answers(refs["evaluate"].directory), compared, refs["reward"].metrics)
+    evaluated = refs["evaluate"].directory
+    evidence = gates.Evidence(
+        gates.answers(evaluated),
+        compared,
+        reward=refs["reward"].metrics,
+        gold=refs["gold"].metrics if "gold" in refs else None,
+        texts=gates.texts(evaluated),
+        prefer_gold=run.config.promote.judge == "gold",
+    )
     sentences = run.config.promote.gates.sentences
     results = gates.check(sentences, evidence)
     missed = [result for result in gates.check_champion(sentences, evidence) if not result.passed]
@@ -218,9 +230,16 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
     create_table_artifact([_table_line(row) for row in rows], key="steps", description=summary.verdict)
     if "evaluate" in outcome.refs:
         columns = ("", "SFT", "PPO", "difference")
-        lines = report.comparison(outcome.refs["evaluate"].metrics)
+        lines = evaluation_report.comparison(outcome.refs["evaluate"].metrics)
         table = [dict(zip(columns, line, strict=True)) for line in lines]
         create_table_artifact(table, key="metrics", description="PPO against SFT")
+        said = (
+            evaluation_report.hacking(outcome.refs["evaluate"].metrics)
+            or "One reward model judged: the run has no other"
+        )
+        create_table_artifact(evaluation_report.win_rates(outcome.refs), key="win-rates", description=said)
+        by_source = evaluation_report.per_source(outcome.refs)
+        create_table_artifact(by_source, key="win-rates-by-source", description="Win rates per source")
     trained = {key: outcome.refs[key] for key in ("sft", "reward", "ppo") if key in outcome.refs}
     if not all(ref.cached for ref in trained.values()):  # else an earlier run has the same picture
         picture = figures.curves({key: ref.directory for key, ref in trained.items()})

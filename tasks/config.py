@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from tasks import gates
+from tasks import sentences
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -438,35 +438,53 @@ class EvaluateConfig(Section):
     batch_size: Positive = 32
     sampling: SamplingConfig = SamplingConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    text_chunks: Positive = 64
+    """At most so many chunks of held-out unsupervised text, where the run has some, are read for perplexities."""
     samples: Positive = 8
     """Answers shown side by side in the report."""
 
 
 class GatesConfig(Section):
-    """What a candidate has to pass to become champion: a sentence per measure (`tasks.gates`), null for no gate."""
+    """What a candidate has to pass to become champion: a sentence per measure (`tasks.sentences`), null for no gate."""
 
     win_rate_vs_champion: str | None = ">= 0.52 (lower bound >= 0.5)"
     """Share of the held-out prompts won against the present champion; the first model's against its SFT model."""
     win_rate_vs_sft: str | None = None
     """Share of the held-out prompts won against the run's SFT model."""
+    length_controlled_win_rate_vs_champion: str | None = None
+    """The share that would be won if both answers were as long, by the regression of AlpacaEval 2 (`tasks.paired`)."""
+    length_controlled_win_rate_vs_sft: str | None = None
+    proxy_win_rate_vs_champion: str | None = None
+    """The win rate by the reward model that PPO was trained on, whoever judges the others."""
+    win_rate_gap: str | None = None
+    """Win rate against the SFT model by the run's reward model, less that by the gold one: what of it is hacking."""
     reward: str | None = None
     """Mean score of the answers by the run's reward model; the baseline sft is that of the SFT model's answers."""
     reward_accuracy: str | None = None
     """Share of held-out pairs that the reward model orders as people did; the baseline length_baseline is the share
     that preferring the longer answer gets right."""
+    gold_reward: str | None = None
+    """Mean score of the answers by the gold reward model; the baseline sft is that of the SFT model's answers."""
+    gold_accuracy: str | None = None
+    """As reward_accuracy, of the gold reward model."""
     kl: str | None = None
     """From the SFT model, nats per answer."""
     tokens: str | None = None
     """Mean length of the answers; the baseline sft is that of the SFT model's."""
     eos_rate: str | None = None
     """Share of the answers that end by themselves; the baseline sft is that of the SFT model's."""
+    repetition: str | None = None
+    """Mean share of an answer's runs of four words that stood in it before; the baseline sft is the SFT model's."""
+    text_loss: str | None = None
+    """Loss on the held-out unsupervised text, nats per token (the logarithm of the perplexity); the baseline sft is the
+    SFT model's."""
 
     @field_validator("*")
     @classmethod
     def _readable(cls, sentence: str | None, info: ValidationInfo) -> str | None:
         if sentence is not None:
             assert info.field_name is not None
-            gates.parse(info.field_name, sentence)
+            sentences.parse(info.field_name, sentence)
         return sentence
 
     @property
@@ -476,6 +494,9 @@ class GatesConfig(Section):
 
 
 class PromoteConfig(Section):
+    judge: Literal["gold", "reward"] = "gold"
+    """Whose scores decide the win rates of the gates: the gold reward model's, where the run has one that is surely
+    better than chance, or the run's own."""
     gates: GatesConfig = GatesConfig()
 
 
@@ -493,6 +514,9 @@ class RunConfig(Section):
     models: ModelsConfig = ModelsConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
+    gold: RewardConfig = RewardConfig()
+    """The gold reward model, trained on the judge's share of `data.phases`: PPO never sees it, evaluation does. What is
+    not set here is as in `reward`."""
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
@@ -503,6 +527,31 @@ class RunConfig(Section):
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
             raise ValueError("use lower case letters, digits, - and _ (at most 63, no leading - or _)")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gold_is_trained_as_the_reward_model(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("gold", {}), dict):
+            return tree
+        reward = tree.get("reward", {})
+        reward = reward.model_dump() if isinstance(reward, RewardConfig) else reward
+        return {**tree, "gold": _laid_over(reward, tree.get("gold", {}))}
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether a gold reward model is trained: there are pairs for it."""
+        return len(self.data.phases) == 4
+
+    @model_validator(mode="after")
+    def _gates_measure_what_there_is(self) -> "RunConfig":
+        missing = {
+            "gold": None if self.has_gold else "a gold reward model; give data.phases a fourth share, for the judge",
+            "text": None if self.ppo.ptx_coef > 0 else "unsupervised text, which is read where ppo.ptx_coef is above 0",
+        }
+        for name in self.promote.gates.sentences:
+            if (need := sentences.MEASURES[name].needs) and missing[need]:
+                raise ValueError(f"promote.gates.{name} needs {missing[need]}, or remove the gate")
+        return self
 
     @model_validator(mode="after")
     def _positions_hold_the_text(self) -> "RunConfig":
@@ -573,6 +622,13 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree[leaf] = value
 
 
+def _laid_over(below: Any, above: Any) -> Any:
+    """A tree of values with those of another in their places."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _laid_over(below.get(key), value) for key, value in above.items()}
+
+
 def _name_sources(tree: dict[str, Any]) -> None:
     """Write the default sources into a tree that names none, so that an override of one keeps the others."""
     data = tree.setdefault("data", {}) or {}
@@ -599,7 +655,8 @@ def _faults(error: ValidationError) -> Iterator[str]:
             given = fault["input"]
             shown = f" (got {given!r})" if not isinstance(given, dict) and not _long(given) else ""
             line = f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{shown}"
-        if line not in seen:
+        # What is wrong in `reward` was laid under `gold`: it is said once.
+        if line not in seen and line.replace("gold.", "reward.", 1) not in seen:
             seen.add(line)
             yield line
 

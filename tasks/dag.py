@@ -14,10 +14,15 @@ from typing import Any
 from tasks.config import SIX_SETS, UNSUPERVISED, ConfigError, RunConfig, SourceConfig, TinyModel
 from tasks.stages import Stage, StageRef
 
-STAGES = ("demo", "download", "clean", "blend", "split", "base", "tokenise", "ptx", "sft", "reward", "ppo", "evaluate")
+STAGES = (
+    *("demo", "download", "clean", "blend", "split", "base", "tokenise", "ptx"),
+    *("sft", "reward", "gold", "ppo", "evaluate"),
+)
 """The stages that leave a directory; `--force` takes one of them."""
 STEPS = (*STAGES, "register", "promote")
 """What a run does, by the names that `--from` and `--until` take."""
+EVALUATION = ("tasks.evaluate", "tasks.compared", "tasks.paired", "tasks.diversity")
+"""Modules whose code decides an evaluation."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -146,9 +151,10 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
         "reward": "reward",
         "evaluate": "evaluate",
         "candidate": "ppo",
+        **_gold_role(config),
     }
     inputs = {role: refs[key] for role, key in roles.items()} | {"champion": champion}
-    return Stage("compare", workspace(config), _evaluation(config), inputs, ("tasks.evaluate",))
+    return Stage("compare", workspace(config), _evaluation(config), inputs, EVALUATION)
 
 
 def _base_first(config: RunConfig) -> list[Node]:
@@ -324,16 +330,21 @@ def _training(config: RunConfig) -> list[Node]:
     ppo = {"ppo": config.ppo.model_dump(mode="json"), **common, **answers}
     data = {"data": "tokenise", "split": "split"}
     text = {"text": "ptx"} if config.ppo.ptx_coef > 0 else {}
+    gold = {"gold": config.gold.model_dump(mode="json"), "seed": config.seed + 1, "phase": "judge"}
+    # One that starts from a registered reward model would share its errors, which is what it is to show.
+    is_registered = str(config.models.reward_revision).startswith("models:/")
+    gold_base = "sft" if is_registered else reward_base
     return [
         _trained("sft", sft, {**data, "base": "base"}),
         _trained("reward", reward, {**data, "base": reward_base}),
+        *([_gold(gold, {**data, "base": gold_base})] if config.has_gold else []),
         _trained("ppo", ppo, {**data, **text, "sft": "sft", "reward": "reward"}),
         Node(
             "evaluate",
             "evaluate",
             _evaluation(config),
-            {**data, "sft": "sft", "reward": "reward", "ppo": "ppo"},
-            ("tasks.evaluate",),
+            {**data, **text, **_gold_role(config), "sft": "sft", "reward": "reward", "ppo": "ppo"},
+            EVALUATION,
             launched=True,
         ),
     ]
@@ -341,6 +352,15 @@ def _training(config: RunConfig) -> list[Node]:
 
 def _trained(name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Node:
     return Node(name, name, config, inputs, (f"tasks.training.{name}",), launched=True, resumable=True)
+
+
+def _gold(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Node:
+    return Node("gold", "gold", config, inputs, ("tasks.training.reward",), launched=True, resumable=True)
+
+
+def _gold_role(config: RunConfig) -> dict[str, str]:
+    """The gold reward model as an input, if the run has one."""
+    return {"gold": "gold"} if config.has_gold else {}
 
 
 def _evaluation(config: RunConfig) -> dict[str, Any]:

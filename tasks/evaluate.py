@@ -1,4 +1,7 @@
-"""Which of two policies answers better: both answer the same held-out prompts, the reward model scores the answers.
+"""Which of two policies answers better: both answer the same held-out prompts, reward models score the answers.
+
+The scores are those of the reward model that PPO was trained on and, where the run has one, of the gold reward model,
+which PPO never saw; `tasks.compared` says what they come to.
 
 `evaluate` sets PPO against SFT, and the moving average of PPO's weights against its last, and is absolute: nothing in
 it depends on what serves now. `compare` sets the candidate against the present champion; it reads the candidate's
@@ -9,7 +12,7 @@ own words, and judged by the text of its answers.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from data_prep.splits import EVAL_KEYS
 from data_prep.tables import iter_rows, read_table
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids, same_tokens
 from data_prep.trained import trained_on
+from tasks.compared import SCORERS, comparison, measured
 from tasks.config import EvaluateConfig
+from tasks.diversity import repetition
 from tasks.training.batches import at, chunks, left_padded, right_padded
 from tasks.training.job import Job
 from tasks.training.models import DTYPES, Policy, ScalarModel, load_policy, load_scalar
@@ -32,32 +37,44 @@ from tasks.training.rollout import generate
 from tasks.training.types import Rollout
 
 ANSWERS = "answers.jsonl"
+TEXTS = "texts.jsonl"
+"""The loss of each chunk of unsupervised text, a column per model; empty where the run has none."""
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Answer, score, compare; writes answers.jsonl. Returns win rate, mean rewards, KL, lengths, EOS rates."""
+    """Answer, score, compare; writes answers.jsonl and texts.jsonl. Returns the figures of `tasks.compared`."""
     config = EvaluateConfig.model_validate(job.config["evaluate"])
     tokenizer = load_tokenizer(job.inputs["tokenizer"])
     prompts = held_out_prompts(job, config.prompts)
-    judge = load_scalar(job.inputs["reward"], tokenizer.pad_token_id).to(job.device, DTYPES[config.precision]).eval()
+    scorers = {
+        role: load_scalar(job.inputs[role], tokenizer.pad_token_id).to(job.device, DTYPES[config.precision]).eval()
+        for role in SCORERS
+        if role in job.inputs
+    }
     if job.stage == "compare":
         ours = [json.loads(line) for line in (job.inputs["evaluate"] / ANSWERS).read_text().splitlines()]
         rows = [{"prompt": row["prompt"], "source": row["source"], **_only(row, "ppo")} for row in ours]
         champion = load_tokenizer(job.inputs["champion"])
         names = {"champion": tokenizer if same_tokens(champion, tokenizer) else champion}
-        pair, panel = ("ppo", "champion"), Panel(judge, tokenizer, None)
+        pair, panel = ("ppo", "champion"), Panel(scorers, tokenizer, None)
     else:
         rows = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
         names = {name: tokenizer for name in ("sft", "ppo", "ema") if name in job.inputs}
-        pair, panel = ("ppo", "sft"), Panel(judge, tokenizer, _policy(job.inputs["sft"], job, config))
+        pair, panel = ("ppo", "sft"), Panel(scorers, tokenizer, _policy(job.inputs["sft"], job, config))
+    chunks_of_text = held_out_text(job, config.text_chunks)
+    texts: list[dict[str, float]] = [{} for _ in chunks_of_text]
     for place, (name, own) in enumerate(names.items()):
         contestant = Contestant(name, _policy(job.inputs[name], job, config), own)
         columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
+        losses = text_losses(contestant.policy, chunks_of_text, config.batch_size, job.device)
+        texts = [row | {f"{name}_loss": loss} for row, loss in zip(texts, losses, strict=True)]
     if job.stage == "compare":
         rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
     write_rows(job.directory / ANSWERS, rows)
-    return summary(rows, pair) | (against_last(rows) if "ema" in names else {})
+    write_rows(job.directory / TEXTS, texts)
+    found = comparison(rows, *pair) | measured(rows, pair[0]) | measured(rows, pair[1])
+    return found | (against_last(rows) if "ema" in names else {}) | perplexities(texts)
 
 
 @dataclass(frozen=True)
@@ -71,9 +88,9 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Panel:
-    """What answers are measured by: the reward model, in its tokens, and the policy that KL counts from."""
+    """What answers are measured by: the reward models, in their tokens, and the policy that KL counts from."""
 
-    judge: ScalarModel
+    scorers: Mapping[str, ScalarModel]
     tokenizer: PreTrainedTokenizerBase
     reference: Policy | None
 
@@ -84,7 +101,7 @@ def held_out_prompts(job: Job, count: int) -> list[dict[str, Any]]:
     Prompts that a model of this run, or one that it comes from, was trained on are none of them.
     """
     rows: list[dict[str, Any]] = read_table(job.inputs["data"] / "ppo-eval.arrow").to_list()
-    ours = [job.inputs[role] for role in ("sft", "reward", "ppo", "candidate") if role in job.inputs]
+    ours = [job.inputs[role] for role in ("sft", *SCORERS, "ppo", "candidate") if role in job.inputs]
     return unseen(rows, rows, ours, job.inputs["split"])[:count]
 
 
@@ -148,7 +165,7 @@ def measure(
     part: Sequence[dict[str, Any]],
     rollout: Rollout,
 ) -> list[dict[str, Any]]:
-    """Text, reward, tokens, EOS, KL to the reference and (demo) true score of the answers of one batch."""
+    """Text, scores, tokens, EOS, repetition, KL to the reference and (demo) true score of the answers of one batch."""
     name = contestant.name
     start = rollout.sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
     answered = [
@@ -165,10 +182,12 @@ def measure(
     whole = right_padded(
         [row["prompt"] + ids for row, ids in zip(part, judged, strict=True)], panel.tokenizer.pad_token_id, job.device
     )
-    scores = at(panel.judge(whole), whole.attention_mask.sum(1) - 1) - panel.judge.score_mean
+    last = whole.attention_mask.sum(1) - 1
+    scores = {role: (at(model(whole), last) - model.score_mean).tolist() for role, model in panel.scorers.items()}
     columns = []
-    for row, ids, text, score, ended in zip(part, answered, texts, scores, rollout.ended, strict=True):
-        column = {name: text, f"{name}_reward": float(score), f"{name}_tokens": len(ids), f"{name}_ended": bool(ended)}
+    for place, (row, ids, text, ended) in enumerate(zip(part, answered, texts, rollout.ended, strict=True)):
+        column = {name: text} | {f"{name}_{role}": of_role[place] for role, of_role in scores.items()}
+        column |= {f"{name}_tokens": len(ids), f"{name}_ended": bool(ended), f"{name}_repetition": repetition(text)}
         if job.config.get("true_score") == "demo":
             column[f"{name}_true_score"] = true_score(row["messages"][-1]["content"], text)
         columns.append(column)
@@ -185,39 +204,35 @@ def translated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     return ids if ended else ids[:-1]
 
 
-def summary(rows: Sequence[dict[str, Any]], pair: tuple[str, str]) -> dict[str, Any]:
-    """Win rate of the first over the second (ties count half) with its 95 % interval, and means per model."""
-    first, second = pair
-    rate, interval = win_rate(rows, first, second)
-    result: dict[str, Any] = {"prompts": len(rows), "win_rate": rate, "win_rate_interval": interval}
-    return result | measured(rows, first) | measured(rows, second)
-
-
 def against_last(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How the moving average of the policy's weights does against its last weights."""
-    rate, interval = win_rate(rows, "ema", "ppo")
-    return {"ema_win_rate": rate, "ema_win_rate_interval": interval, **measured(rows, "ema")}
+    found = {f"ema_{name}": value for name, value in comparison(rows, "ema", "ppo").items() if name != "prompts"}
+    return found | measured(rows, "ema")
 
 
-def win_rate(rows: Sequence[dict[str, Any]], first: str, second: str) -> tuple[float, float]:
-    """The share of prompts that the first wins, ties as half, and the half-width of its 95 % interval (normal)."""
-    wins = [_win(row[f"{first}_reward"], row[f"{second}_reward"]) for row in rows]
-    rate = sum(wins) / len(wins)
-    variance = sum((win - rate) ** 2 for win in wins) / len(wins)
-    return rate, 1.96 * math.sqrt(variance / len(wins))
+def held_out_text(job: Job, count: int) -> list[list[int]]:
+    """The first `count` chunks of the unsupervised text that PPO did not learn; none where the run has no such text."""
+    if "text" not in job.inputs:
+        return []
+    table = read_table(job.inputs["text"] / "ptx-eval.arrow")
+    return [row["tokens"] for row in table.select(range(min(count, len(table)))).to_list()]
 
 
-def measured(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    """Means over a model's answers."""
-    result = {}
-    for measure in ("reward", "true_score", "tokens", "ended", "kl"):
-        key = f"{name}_{measure}"
-        if key in rows[0]:
-            values = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
-            result[f"{name}_{'eos_rate' if measure == 'ended' else measure}"] = float(values.mean())
-            if measure in ("reward", "true_score"):
-                result[f"{key}_std"] = float(values.std())
-    return result
+@torch.no_grad()
+def text_losses(policy: Policy, text: Sequence[list[int]], batch_size: int, device: torch.device) -> list[float]:
+    """The mean loss of each chunk, in nats per token that has one before it."""
+    losses: list[float] = []
+    for part in chunks(text, batch_size):
+        batch = right_padded(part, 0, device)
+        losses += (-policy(batch, 1).logprobs.mean(1)).tolist()
+    return losses
+
+
+def perplexities(texts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`name_perplexity` of each model on all chunks together, which are of one length; nothing without any."""
+    columns = list(texts[0]) if texts else []
+    means = {column: sum(row[column] for row in texts) / len(texts) for column in columns}
+    return {f"{column.removesuffix('_loss')}_perplexity": math.exp(mean) for column, mean in means.items()}
 
 
 class Told:
@@ -247,7 +262,3 @@ def _policy(folder: Path, job: Job, config: EvaluateConfig) -> Policy:
 
 def _only(row: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key == name or key.startswith(f"{name}_")}
-
-
-def _win(first: float, second: float) -> float:
-    return 0.5 if first == second else float(first > second)

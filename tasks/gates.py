@@ -1,25 +1,24 @@
-"""Gates: what a candidate has to pass to become champion, as sentences that are read as they are written.
+"""Gates: what a candidate has to pass to become champion, measured. How they are written: `tasks.sentences`.
 
-    win_rate_vs_champion: ">= 0.52 (lower bound >= 0.5)"
-    reward_accuracy: ">= length_baseline + 0.03"
-    kl: "<= 15"
+Intervals are percentile bootstraps over the held-out prompts (`tasks.paired`); what is set against a baseline is
+resampled in pairs, as the difference prompt by prompt.
 
-The first comparison is of the measured value, the one in brackets of a bound of its 95 % interval. A limit is a number,
-or a baseline of the measure with a number added or taken off. Intervals are percentile bootstraps over the held-out
-prompts (Efron & Tibshirani 1993, section 13.3); what is set against a baseline is resampled in pairs, as the difference
-prompt by prompt. `MEASURES` says what can be measured; which gates a run has stands in its config.
+Win rates are judged by the gold reward model where the run has one: a candidate was optimised against its own run's
+reward model, the champion was not, so that this one would favour the candidate for its errors.
 """
 
 import json
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+
+from tasks.compared import GOLD, PROXY, column_of, longer_by, scores, win_gap
+from tasks.paired import Estimate, estimate, length_controlled, wins
+from tasks.sentences import MEASURES, Comparison, parse
 
 Row = Mapping[str, Any]
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -28,39 +27,15 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
-RESAMPLES = 10_000
-RESAMPLES_AT_ONCE = 200  # of a few thousand prompts: some megabytes
-
-_NUMBER = r"\d+(?:\.\d+)?"
-_COMPARISON = rf"(>=|>|<=|<)\s*(?:(-?{_NUMBER})|([a-z][a-z0-9_]*)(?:\s*([+-])\s*({_NUMBER}))?)"
-SENTENCE = re.compile(rf"\s*{_COMPARISON}\s*(?:\(\s*(lower|upper) bound\s+{_COMPARISON}\s*\)\s*)?")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A limit: `operator baseline + number`; without a baseline, the number alone."""
+class Judge:
+    """Whose scores decide the win rates of the gates."""
 
-    operator: str
-    baseline: str | None
-    number: float
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A sentence, understood."""
-
-    value: Comparison
-    bound: tuple[str, Comparison] | None
-    """"lower" or "upper", and what that end of the interval has to keep."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval."""
-
-    value: float
-    lower: float
-    upper: float
+    scorer: str
+    said: str
+    """As it stands behind "win rate"; empty where there is but one reward model."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +48,24 @@ class Evidence:
     """Of `compare`: PPO's and the champion's; None where there is no champion yet."""
     reward: Mapping[str, Any]
     """Metrics of the reward model."""
+    gold: Mapping[str, Any] | None = None
+    """Metrics of the gold reward model; None where the run has none."""
+    texts: Sequence[Row] = ()
+    """Of `evaluate`: SFT's and PPO's loss on each chunk of unsupervised text."""
+    prefer_gold: bool = True
+    """Whether the gold reward model judges, if it can."""
+
+    @property
+    def judge(self) -> Judge:
+        """The gold reward model, where there is one that is surely better than chance; else the run's reward model."""
+        if self.gold is None:
+            return Judge(PROXY, "")
+        if not self.prefer_gold:
+            return Judge(PROXY, " by the run's reward model")
+        if self.gold["accuracy_low"] <= 0.5:
+            right = f"right in {100 * self.gold['accuracy']:.0f} % of held-out pairs"
+            return Judge(PROXY, f" by the run's reward model (the gold one, {right}, may be no better than chance)")
+        return Judge(GOLD, " by the gold reward model")
 
 
 @dataclass(frozen=True)
@@ -101,46 +94,17 @@ class GateResult:
         return f"{'passed' if self.passed else 'failed'}: {self.title} {self.measured}, wanted {self.sentence}"
 
 
-@dataclass(frozen=True)
-class Measure:
-    """Something that a gate can be about."""
-
-    title: str
-    of: Callable[[Evidence, str | None], Estimate]
-    """(evidence, baseline) -> the value less the baseline, or with None the value."""
-    baselines: tuple[str, ...] = ()
+Of = Callable[[Evidence, str | None], Estimate]
 
 
-def parse(name: str, sentence: str) -> Gate:
-    """A gate of a measure. Raises ValueError that says how a gate is written."""
-    found = SENTENCE.fullmatch(sentence)
-    if found is None:
-        raise ValueError(
-            f'"{sentence}" is no gate; write a comparison such as ">= 0.52" or "<= 15", if need be with a bound of '
-            'the 95 % interval, such as ">= 0.52 (lower bound >= 0.5)"'
-        )
-    parts = found.groups()
-    bound = (parts[5], _comparison(parts[6:])) if parts[5] else None
-    gate = Gate(_comparison(parts[:5]), bound)
-    known = MEASURES[name].baselines
-    for comparison in (gate.value, *([bound[1]] if bound else [])):
-        if comparison.baseline is not None and comparison.baseline not in known:
-            may_be = f"it may be {' or '.join(known)}" if known else "this measure has none, so give a number"
-            raise ValueError(f'"{sentence}" names the baseline {comparison.baseline}; {may_be}')
-    return gate
-
-
-def _comparison(parts: Sequence[str | None]) -> Comparison:
-    sign, number, baseline, plus_or_minus, offset = parts
-    assert sign is not None, "the pattern begins with an operator"
-    if number is not None:
-        return Comparison(sign, None, float(number))
-    return Comparison(sign, baseline, float(f"{plus_or_minus}{offset}") if offset else 0.0)
-
-
-def answers(directory: Path) -> list[Row]:
+def answers(directory: Path, file: str = "answers.jsonl") -> list[Row]:
     """The answers that `evaluate` or `compare` left in its directory, a row per prompt."""
-    return [json.loads(line) for line in (directory / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (directory / file).read_text(encoding="utf-8").splitlines()]
+
+
+def texts(directory: Path) -> list[Row]:
+    """The losses on unsupervised text that `evaluate` left in its directory, a row per chunk."""
+    return answers(directory, "texts.jsonl")
 
 
 def check(sentences: Mapping[str, str], evidence: Evidence) -> list[GateResult]:
@@ -161,22 +125,23 @@ def check_champion(sentences: Mapping[str, str], evidence: Evidence) -> list[Gat
         ours = next(one for one in answers if (one["prompt"], one["ppo"]) == (row["prompt"], row["ppo"]))
         champion = {f"ppo{key.removeprefix('champion')}": row[key] for key in row if key.startswith("champion")}
         rows.append({**ours, **champion})
-    own = Evidence(rows, None, evidence.reward)
+    own = replace(evidence, answers=rows, compared=None)
     return check({name: sentences[name] for name in OF_CHAMPION if name in sentences}, own)
 
 
 def _result(name: str, sentence: str, evidence: Evidence) -> GateResult:
-    measure, gate = MEASURES[name], parse(name, sentence)
-    value = measure.of(evidence, None)
-    kept = [_keeps(measure.of(evidence, gate.value.baseline).value, gate.value)]
+    of, gate = HOW[name], parse(name, sentence)
+    value = of(evidence, None)
+    kept = [_keeps(of(evidence, gate.value.baseline).value, gate.value)]
     named = [gate.value.baseline]
     if gate.bound is not None:
         side, comparison = gate.bound
-        against = measure.of(evidence, comparison.baseline)
+        against = of(evidence, comparison.baseline)
         kept.append(_keeps(against.lower if side == "lower" else against.upper, comparison))
         named.append(comparison.baseline)
-    baselines = {base: value.value - measure.of(evidence, base).value for base in named if base is not None}
-    title = measure.title.format(rival="the SFT model" if evidence.compared is None else "the champion")
+    baselines = {base: value.value - of(evidence, base).value for base in named if base is not None}
+    rival = "the SFT model" if evidence.compared is None else "the champion"
+    title = MEASURES[name].title.format(rival=rival, judge=evidence.judge.said)
     return GateResult(name, title, sentence, all(kept), value.value, value.lower, value.upper, baselines)
 
 
@@ -184,73 +149,97 @@ def _keeps(value: float, comparison: Comparison) -> bool:
     return OPERATORS[comparison.operator](value, comparison.number)
 
 
-def estimate(values: "np.ndarray", seed: int = 0) -> Estimate:
-    """The mean of one value per prompt, with the percentile bootstrap's 95 % interval; the same for the same values.
+def _against(second: str, scorer: str | None, of: Callable[["Wins"], Estimate]) -> Of:
+    """PPO against SFT, or against the champion (the first model, as there is none yet, against SFT).
 
     Args:
-        values: [prompts], float.
+        scorer: reward or gold; None: the judge of the gates.
     """
-    import numpy as np
 
-    generator = np.random.default_rng(seed)
-    means = [
-        values[generator.integers(0, len(values), (RESAMPLES_AT_ONCE, len(values)))].mean(1)
-        for _ in range(RESAMPLES // RESAMPLES_AT_ONCE)
-    ]
-    lower, upper = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(lower), float(upper))
+    def measured(evidence: Evidence, baseline: str | None) -> Estimate:
+        rows, rival = evidence.answers, "sft"
+        if second == "champion" and evidence.compared is not None:
+            rows, rival = evidence.compared, "champion"
+        return of(Wins(rows, rival, scorer or evidence.judge.scorer))
 
-
-def _win_rate(rows: Sequence[Row], rival: str) -> Estimate:
-    import numpy as np
-
-    gains = np.array([row["ppo_reward"] - row[f"{rival}_reward"] for row in rows])
-    return estimate((np.sign(gains) + 1) / 2)
+    return measured
 
 
-def _against_champion(evidence: Evidence, baseline: str | None) -> Estimate:
-    """Of the first model, against the SFT model that it comes from: there is no champion yet."""
-    if evidence.compared is None:
-        return _win_rate(evidence.answers, "sft")
-    return _win_rate(evidence.compared, "champion")
+class Wins(NamedTuple):
+    """The prompts that PPO's answers win over a rival's, by a scorer."""
+
+    rows: Sequence[Row]
+    rival: str
+    scorer: str
+
+    def rate(self) -> Estimate:
+        """The win rate."""
+        return estimate(self._won())
+
+    def at_equal_length(self) -> Estimate:
+        """The win rate with the lengths' part taken out."""
+        return length_controlled(self._won(), longer_by(self.rows, "ppo", self.rival))
+
+    def gap(self) -> Estimate:
+        """The win rate by the reward model less that by the gold one."""
+        return estimate(win_gap(self.rows, "ppo", self.rival))
+
+    def _won(self) -> np.ndarray:
+        return wins(*scores(self.rows, "ppo", self.rival, self.scorer))
 
 
-def _mean(column: str) -> Callable[[Evidence, str | None], Estimate]:
+def _mean(column: str) -> Of:
     """The mean over PPO's answers, or over their differences from SFT's answers to the same prompts."""
 
     def of(evidence: Evidence, baseline: str | None) -> Estimate:
-        import numpy as np
-
-        values = np.array([float(row[f"ppo_{column}"]) for row in evidence.answers])
-        if baseline is not None:
-            values = values - np.array([float(row[f"{baseline}_{column}"]) for row in evidence.answers])
-        return estimate(values)
+        values = column_of(evidence.answers, "ppo", column)
+        return estimate(values - column_of(evidence.answers, baseline, column) if baseline else values)
 
     return of
 
 
-def _reward_accuracy(evidence: Evidence, baseline: str | None) -> Estimate:
-    """Intervals are those that the reward model's own evaluation gives, of pairs where a baseline is taken off."""
-    found = evidence.reward
-    if baseline is None:
-        value, reach = found["accuracy"], found["accuracy_interval"]
-    else:
-        value, reach = found["accuracy"] - found["length_accuracy"], found["length_gain_interval"]
-    return Estimate(value, value - reach, value + reach)
+def _text_loss(evidence: Evidence, baseline: str | None) -> Estimate:
+    """Over the chunks of unsupervised text."""
+    values = column_of(evidence.texts, "ppo", "loss")
+    return estimate(values - column_of(evidence.texts, baseline, "loss") if baseline else values)
 
 
-MEASURES: Mapping[str, Measure] = {
-    "win_rate_vs_champion": Measure("win rate against {rival}", _against_champion),
-    "win_rate_vs_sft": Measure(
-        "win rate against the SFT model", lambda evidence, baseline: _win_rate(evidence.answers, "sft")
-    ),
-    "reward": Measure("reward of the answers", _mean("reward"), ("sft",)),
-    "reward_accuracy": Measure("accuracy of the reward model", _reward_accuracy, ("length_baseline",)),
-    "kl": Measure("KL to the SFT model in nats per answer", _mean("kl")),
-    "tokens": Measure("tokens per answer", _mean("tokens"), ("sft",)),
-    "eos_rate": Measure("share of answers that end by themselves", _mean("ended"), ("sft",)),
+def _accuracy(of: Callable[[Evidence], Mapping[str, Any] | None]) -> Of:
+    """Intervals are those that the model's own evaluation gives, of pairs where a baseline is taken off."""
+
+    def measured(evidence: Evidence, baseline: str | None) -> Estimate:
+        found = of(evidence)
+        assert found is not None, "the config has no gate about a model that is not trained"
+        if baseline is None:
+            value, reach = found["accuracy"], found["accuracy_interval"]
+        else:
+            value, reach = found["accuracy"] - found["length_accuracy"], found["length_gain_interval"]
+        return Estimate(value, value - reach, value + reach)
+
+    return measured
+
+
+HOW: Mapping[str, Of] = {
+    "win_rate_vs_champion": _against("champion", None, Wins.rate),
+    "win_rate_vs_sft": _against("sft", None, Wins.rate),
+    "length_controlled_win_rate_vs_champion": _against("champion", None, Wins.at_equal_length),
+    "length_controlled_win_rate_vs_sft": _against("sft", None, Wins.at_equal_length),
+    "proxy_win_rate_vs_champion": _against("champion", PROXY, Wins.rate),
+    "win_rate_gap": _against("sft", None, Wins.gap),
+    "reward": _mean("reward"),
+    "gold_reward": _mean("gold"),
+    "reward_accuracy": _accuracy(lambda evidence: evidence.reward),
+    "gold_accuracy": _accuracy(lambda evidence: evidence.gold),
+    "kl": _mean("kl"),
+    "tokens": _mean("tokens"),
+    "eos_rate": _mean("ended"),
+    "repetition": _mean("repetition"),
+    "text_loss": _text_loss,
 }
-"""Measure -> how it is measured. `tasks.config.GatesConfig` has a field for each."""
+"""Measure -> how it is measured: (evidence, baseline) -> the value less the baseline, or with None the value."""
 
-OF_CHAMPION = ("win_rate_vs_sft", "reward", "tokens", "eos_rate")
+OF_CHAMPION = (
+    *("win_rate_vs_sft", "length_controlled_win_rate_vs_sft", "reward", "gold_reward"),
+    *("tokens", "eos_rate", "repetition"),
+)
 """Those that a comparison takes of the champion as well."""

@@ -47,6 +47,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _by_gold(metrics: Mapping[str, Any]) -> str:
+    return f", gold {_percent(metrics['gold_win_rate'])}" if "gold_win_rate" in metrics else ""
+
+
 PHASES = ("sft", "reward", "ppo", "judge")
 HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": lambda m: f"{m['pairs']:,} pairs",
@@ -61,8 +65,9 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "ptx": lambda m: f"{m['train']['chunks']:,} chunks of unsupervised text",
     "sft": lambda m: f"perplexity {m['perplexity']:.2f}",
     "reward": lambda m: f"accuracy {_percent(m['accuracy'])}",
+    "gold": lambda m: f"accuracy {_percent(m['accuracy'])}",
     "ppo": lambda m: f"reward {m['first_reward']:+.2f} → {m['reward']:+.2f}, KL {m['kl']:.2f}",
-    "evaluate": lambda m: f"PPO wins {_percent(m['win_rate'])} against SFT",
-    "compare": lambda m: f"the candidate wins {_percent(m['win_rate'])} against the champion",
+    "evaluate": lambda m: f"PPO wins {_percent(m['win_rate'])} against SFT{_by_gold(m)}",
+    "compare": lambda m: f"the candidate wins {_percent(m['win_rate'])} against the champion{_by_gold(m)}",
 }
 """Stage -> its main figure out of its metrics."""

@@ -3,28 +3,21 @@
 Everything in it comes from the run's stage directories: their manifests, answers and curves.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks import data_report, figures, page
+from tasks import data_report, evaluation_report, figures, page
 from tasks.data_report import metrics_of
+from tasks.evaluation_report import gain_in_std
 from tasks.gates import GateResult
 from tasks.stages import StageRef, read_manifest
 
 SAMPLES = 8
-LONGEST_TEXT = 1500
-MEASURES = (
-    ("reward", "Reward, mean ± std", 3),
-    ("true_score", "True score of the demo task, mean ± std", 3),
-    ("kl", "KL to the SFT model, nats per answer", 2),
-    ("tokens", "Answer length, tokens", 1),
-    ("eos_rate", "Answers that end by themselves", None),
-)
-"""Name in the metrics of `evaluate` -> what it is called, digits (None: percent)."""
+REWARD_MODELS = {"Reward model": "reward", "Gold reward model": "gold"}
+"""What it is called -> its stage."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +76,26 @@ def render(run: RunSummary) -> str:
         tiles=tiles(refs),
         data=data_report.data_table(refs),
         phases=data_report.phase_table(refs),
-        comparison=comparison(metrics_of(refs, "evaluate")),
+        win_rates=evaluation_report.win_rates(refs),
+        per_source=evaluation_report.per_source(refs),
+        hacking=evaluation_report.hacking(metrics_of(refs, "evaluate")),
+        comparison=evaluation_report.comparison(metrics_of(refs, "evaluate")),
         evaluate=metrics_of(refs, "evaluate"),
-        reward=metrics_of(refs, "reward"),
+        reward_models=[(name, metrics) for name in REWARD_MODELS if (metrics := metrics_of(refs, REWARD_MODELS[name]))],
         curves=image,
-        samples=samples(refs["evaluate"].directory / "answers.jsonl", run.samples) if "evaluate" in refs else [],
+        samples=_samples(refs, run.samples),
         lineage=lineage(refs),
         code=code(refs),
     )
+
+
+def _samples(refs: Mapping[str, StageRef], count: int) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Answers of the two models of each contest, with what they are."""
+    found = []
+    for stage, rival, label in (("evaluate", "sft", "SFT"), ("compare", "champion", "the champion")):
+        if stage in refs and (rows := evaluation_report.samples(refs[stage].directory, count, "ppo", rival)):
+            found.append((label, rows))
+    return found
 
 
 def tiles(refs: Mapping[str, StageRef]) -> list[tuple[str, str, str]]:
@@ -98,9 +103,11 @@ def tiles(refs: Mapping[str, StageRef]) -> list[tuple[str, str, str]]:
     evaluated, reward = metrics_of(refs, "evaluate"), metrics_of(refs, "reward")
     found = []
     if "win_rate" in evaluated:
-        interval = evaluated.get("win_rate_interval")
-        note = f"± {interval * 100:.1f}, {evaluated['prompts']} held-out prompts" if interval is not None else ""
+        note = f"{_interval(evaluated, 'win_rate')}, {evaluated['prompts']} held-out prompts"
         found.append(("PPO wins against SFT", page.percent(evaluated["win_rate"]), note))
+    if "gold_win_rate" in evaluated:
+        note = f"{_interval(evaluated, 'gold_win_rate')}, by a model that PPO never saw"
+        found.append(("The same by the gold reward model", page.percent(evaluated["gold_win_rate"]), note))
     for measure, label in (("reward", "Reward gained by PPO"), ("true_score", "True score gained by PPO")):
         gain = gain_in_std(evaluated, measure)
         if gain is not None:
@@ -109,7 +116,7 @@ def tiles(refs: Mapping[str, StageRef]) -> list[tuple[str, str, str]]:
     if "ppo_kl" in evaluated:
         found.append(("KL to the SFT model", f"{evaluated['ppo_kl']:.2f}", "nats per answer"))
     if "ema_win_rate" in evaluated:
-        note = f"± {evaluated['ema_win_rate_interval'] * 100:.1f}, moving average of the weights"
+        note = f"{_interval(evaluated, 'ema_win_rate')}, moving average of the weights"
         found.append(("EMA wins against PPO", page.percent(evaluated["ema_win_rate"]), note))
     if "accuracy" in reward:
         alone = reward.get("length_accuracy")
@@ -123,55 +130,8 @@ def tiles(refs: Mapping[str, StageRef]) -> list[tuple[str, str, str]]:
     return found
 
 
-def gain_in_std(evaluated: Mapping[str, Any], measure: str) -> float | None:
-    """By how many standard deviations of SFT's answers PPO's mean is higher; None where that was not measured."""
-    spread = evaluated.get(f"sft_{measure}_std")
-    if not spread or f"ppo_{measure}" not in evaluated:
-        return None
-    return float((evaluated[f"ppo_{measure}"] - evaluated[f"sft_{measure}"]) / spread)
-
-
-def comparison(evaluated: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What was measured of both models' answers: name, SFT, PPO, difference."""
-    lines = []
-    for measure, label, digits in MEASURES:
-        sft, ppo = evaluated.get(f"sft_{measure}"), evaluated.get(f"ppo_{measure}")
-        if sft is None or ppo is None:
-            continue
-        if digits is None:
-            lines.append((label, page.percent(sft), page.percent(ppo), f"{(ppo - sft) * 100:+.1f} points"))
-            continue
-        texts = [
-            f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-            for value, spread in (
-                (sft, evaluated.get(f"sft_{measure}_std")),
-                (ppo, evaluated.get(f"ppo_{measure}_std")),
-            )
-        ]
-        lines.append((label, texts[0], texts[1], f"{ppo - sft:+.{digits}f}"))
-    return lines
-
-
-def samples(path: Path, count: int) -> list[dict[str, Any]]:
-    """Answers to show: spread evenly from PPO's worst loss against SFT to its best win, so that none is picked."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return []
-    rows = sorted(rows, key=lambda row: row["ppo_reward"] - row["sft_reward"])
-    if len(rows) > count > 0:
-        rows = [rows[round(place * (len(rows) - 1) / max(1, count - 1))] for place in range(count)]
-    return [
-        {
-            "prompt": _cut(row["prompt"]),
-            "source": row.get("source", ""),
-            "answers": [_answer(row, name, label) for name, label in (("sft", "SFT"), ("ppo", "PPO"))],
-            "winner": "tie"
-            if row["ppo_reward"] == row["sft_reward"]
-            else max(("sft", "ppo"), key=lambda n: row[f"{n}_reward"]),
-        }
-        for row in rows[:count]
-    ]
+def _interval(metrics: Mapping[str, Any], name: str) -> str:
+    return f"{100 * metrics[f'{name}_low']:.1f} to {100 * metrics[f'{name}_high']:.1f}"
 
 
 def lineage(refs: Mapping[str, StageRef]) -> list[dict[str, Any]]:
@@ -214,19 +174,3 @@ def code(refs: Mapping[str, StageRef]) -> dict[str, Any]:
         ],
         "versions": {name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
     }
-
-
-def _answer(row: Mapping[str, Any], name: str, label: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "label": label,
-        "text": _cut(row[name]),
-        "reward": f"{row[f'{name}_reward']:+.2f}",
-        "tokens": row.get(f"{name}_tokens"),
-        "true_score": f"{row[f'{name}_true_score']:.2f}" if f"{name}_true_score" in row else None,
-        "ended": row.get(f"{name}_ended", True),
-    }
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"

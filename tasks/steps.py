@@ -130,10 +130,11 @@ def datasets(name: str, stage: Stage) -> list[tuple[str, Path, str]]:
     """The tables that a stage trains on and is evaluated on, as MLflow's dataset inputs."""
     if "data" not in stage.inputs:
         return []
-    phase = "ppo" if name in ("evaluate", "compare") else name
+    is_evaluation = name in ("evaluate", "compare")
+    phase = "ppo" if is_evaluation else stage.config.get("phase", name)
     folder = stage.inputs["data"].directory
     both = [(f"{phase}-train", "training"), (f"{phase}-eval", "evaluation")]
-    return [(name, folder / f"{name}.arrow", context) for name, context in (both if phase == name else both[1:])]
+    return [(file, folder / f"{file}.arrow", context) for file, context in (both[1:] if is_evaluation else both)]
 
 
 def sources(config: RunConfig, refs: Mapping[str, StageRef]) -> list[tracking.Source]:

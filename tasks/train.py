@@ -53,6 +53,19 @@ def reward(run: Run, refs: Refs) -> Any:
 
 
 @task(
+    name="gold",
+    task_run_name="gold reward model: train",
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=_is_worth_another_try,
+    **STAGE,
+)
+def gold(run: Run, refs: Refs) -> Any:
+    """A second reward model, trained on pairs of its own, that PPO never sees."""
+    return make(run, "gold", refs)
+
+
+@task(
     name="ppo",
     task_run_name="PPO: train policy and critic",
     retries=2,

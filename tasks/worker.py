@@ -31,12 +31,13 @@ MODULES = {
     "base": "tasks.base",
     "sft": "tasks.training.sft",
     "reward": "tasks.training.reward",
+    "gold": "tasks.training.reward",
     "ppo": "tasks.training.ppo",
     "evaluate": "tasks.evaluate",
     "compare": "tasks.evaluate",
 }
-TRAINED = ("sft", "reward", "ppo")
-MODELS = ("base", "sft", "reward", "ppo", "candidate", "champion")
+TRAINED = ("sft", "reward", "gold", "ppo")
+MODELS = ("base", "sft", "reward", "gold", "ppo", "candidate", "champion")
 """Inputs that are models: the stages get the Hugging Face folder inside."""
 SECONDS_BETWEEN_PROGRESS = 0.5
 
@@ -72,7 +73,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     """Run a stage in this process. Returns its metrics."""
     spec = json.loads((directory / RECORDS / "config.json").read_text())
     module = importlib.import_module(MODULES[stage])
-    device = start(spec["device"], distributed=stage in ("sft", "reward", "ppo"))
+    device = start(spec["device"], distributed=stage in TRAINED)
     rows = MetricRows(directory, checkpoint_step(directory) or 0)
     tracker = open_tracker(spec["tracking"])
 
@@ -139,7 +140,7 @@ def model_folder(directory: Path) -> Path:
 def keep_ancestry(job: Job) -> None:
     """Leave in the stage's models what they and those that they come from were trained on."""
     ancestors = [job.inputs[role] for role in MODELS if role in job.inputs]
-    own = np.load(job.inputs["split"] / f"{job.stage}-keys.npy")
+    own = np.load(job.inputs["split"] / f"{job.phase}-keys.npy")
     for name in ("model", "ema"):
         if (job.directory / name).is_dir():
             trained.keep(job.directory / name, ancestors, own)

@@ -38,5 +38,10 @@ class Job:
     """Whether this process was asked to stop."""
 
     @property
+    def phase(self) -> str:
+        """The phase of the data that the stage is trained on."""
+        return str(self.config.get("phase", self.stage))
+
+    @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"

@@ -4,6 +4,9 @@ Bradley-Terry loss over pairs (Ouyang et al. 2022, equation 1). Differs from Dee
 token after the first difference and, where answers differ in length, scores padding: here one score per answer, at its
 last token, chosen and rejected in one forward pass. Scores are fp32 and a tie counts as half a hit, since a constant
 model would otherwise look perfect.
+
+The gold reward model is another one of these: pairs of its own (the judge's phase), a seed of its own, and PPO never
+sees it (the setting of Gao, Schulman & Hilton 2023). What PPO gains by this one alone is what it exploited.
 """
 
 import math
@@ -24,7 +27,7 @@ from tasks.training.job import Job
 from tasks.training.lora import add_adapters
 from tasks.training.losses import pairwise_loss
 from tasks.training.models import SCORE_MEAN, load_scalar
-from tasks.training.ranks import gather_rows
+from tasks.training.ranks import gather_rows, world_size
 from tasks.training.supervised import fit, own_share, steps_of
 from tasks.training.types import Engine, PairBatch
 
@@ -33,15 +36,17 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def run(job: Job) -> dict[str, Any]:
     """Train and evaluate; writes `model/`. Returns the stage's metrics."""
-    config, seed = RewardConfig.model_validate(job.config["reward"]), job.config["seed"]
+    config, seed = RewardConfig.model_validate(job.config[job.stage]), job.config["seed"]
     tokenizer = load_tokenizer(job.inputs["tokenizer"])
-    train = read_table(job.inputs["data"] / "reward-train.arrow")
-    held_out = read_table(job.inputs["data"] / "reward-eval.arrow")
+    train = read_table(job.inputs["data"] / f"{job.phase}-train.arrow")
+    held_out = read_table(job.inputs["data"] / f"{job.phase}-eval.arrow")
+    if job.stage == "gold":
+        config = within(config, len(train))
     model = load_scalar(job.inputs["base"], tokenizer.pad_token_id, new_head_seed=seed)
-    steps = steps_of(config, len(train), "reward")
+    steps = steps_of(config, len(train), job.stage)
     if config.lora is not None:
-        add_adapters(model.model, config.lora, "reward.lora")
-    engine = train_engine(model, config.engine, config.optimizer, steps, job.device, "reward.engine")
+        add_adapters(model.model, config.lora, f"{job.stage}.lora")
+    engine = train_engine(model, config.engine, config.optimizer, steps, job.device, f"{job.stage}.engine")
 
     def collate(rows: Any) -> PairBatch:
         return pair_batch(rows, job.device)
@@ -59,11 +64,18 @@ def run(job: Job) -> dict[str, Any]:
     done = fit(job, config, engine, train, collate, pair_tokens, loss_of, weight_of, found, seed)
     metrics = found()
     job.log(
-        done["steps"], {f"reward/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
+        done["steps"],
+        {f"{job.stage}/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)},
     )
     setattr(engine.module.model.config, SCORE_MEAN, metrics["chosen_score"])
     export(engine.module, tokenizer, job.directory / "model")
     return {**done, "train_pairs": len(train), **metrics}
+
+
+def within(config: RewardConfig, rows: int) -> RewardConfig:
+    """The config with a batch that the rows fill: no run shall fail because its judge has few pairs."""
+    most = rows // world_size() * world_size()
+    return config.model_copy(update={"batch_size": min(config.batch_size, most)}) if most else config
 
 
 @torch.no_grad()

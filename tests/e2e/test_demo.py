@@ -57,6 +57,13 @@ def test_ppo_gains_a_standard_deviation_by_reward_and_by_true_score(demo: Any, w
     assert 0 < found["ppo_kl"] < 12
 
 
+def test_the_gold_reward_model_judges_as_the_true_score_does(demo: Any, workspace: Path) -> None:
+    assert metrics(workspace, "gold")["accuracy_low"] > 0.5
+    found = metrics(workspace, "evaluate")
+    assert found["gold_win_rate_low"] > 0.5
+    assert "by the gold reward model" in " ".join(demo.output.split())
+
+
 def test_a_second_run_computes_nothing(demo: Any, command: Callable[..., Any], workspace: Path) -> None:
     written = {path: path.stat().st_mtime for path in workspace.glob("*/*/manifest.json")}
     again = command("run", str(DEMO), "--set", f"workspace={workspace}").end()

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Rlhf = Callable[..., Any]
 SOURCES = 6
-STAGES = 3 + 2 * SOURCES + 6  # demo, blend, split; download and clean; base, tokenise, sft, reward, ppo, evaluate
+STAGES = 3 + 2 * SOURCES + 7  # demo, blend, split; download and clean; base, tokenise, sft, rewards, ppo, evaluate
 NEW_PPO = ("--set", "ppo.kl_coef=0.2", "--set", "ppo.steps=15")
 STRICT = ("--set", "promote.gates.win_rate_vs_champion=>= 0.99")
 
@@ -104,7 +104,20 @@ def test_the_first_run_ends_with_a_champion(first: Any, folder: Path) -> None:
     assert "tiny-policy version 1 (candidate, champion)" in " ".join(first.output.split())
     assert "becomes champion, it passes its gates: win rate against the SFT model" in " ".join(first.output.split())
     table = first.output.partition("main metric")[2]
-    steps = ("demo", "download", "clean", "blend", "split", "base", "tokenise", "sft", "reward", "ppo", "evaluate")
+    steps = (
+        "demo",
+        "download",
+        "clean",
+        "blend",
+        "split",
+        "base",
+        "tokenise",
+        "sft",
+        "reward",
+        "gold",
+        "ppo",
+        "evaluate",
+    )
     positions = [re.search(rf"^{name}\b", table, re.MULTILINE) for name in (*steps, "register", "promote")]
     assert all(positions)
     assert [found.start() for found in positions if found] == sorted(found.start() for found in positions if found)
@@ -117,7 +130,7 @@ def test_every_stage_left_a_manifest_and_what_it_is_for(first: Any, folder: Path
     made = Counter(name.partition("/")[0] for name in manifests(folder))
     assert made["download"] == made["clean"] == SOURCES
     assert sum(made.values()) == STAGES + 2  # and those of the registered files and the report of the data
-    for stage in ("base", "sft", "reward", "ppo"):
+    for stage in ("base", "sft", "reward", "gold", "ppo"):
         (folder_,) = (folder / "workspace" / stage).glob("*/model")
         assert (folder_ / "model.safetensors").is_file()
         assert (folder_ / "tokenizer.json").is_file()
@@ -135,7 +148,7 @@ def test_mlflow_has_a_run_with_one_per_stage_in_it(first: Any, folder: Path) -> 
         for run in runs
         if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     }
-    assert set(nested) == {"base", "sft", "reward", "ppo", "evaluate"}
+    assert set(nested) == {"base", "sft", "reward", "gold", "ppo", "evaluate"}
     losses = client.get_metric_history(nested["sft"].info.run_id, "sft/loss")
     assert [point.step for point in losses] == [1, 2, 3, 4]
     assert {entry.dataset.name for entry in nested["ppo"].inputs.dataset_inputs} == {"ppo-train", "ppo-eval"}
@@ -161,7 +174,18 @@ def test_prefect_shows_the_run_well(again: Any, prefect_api: str) -> None:
     names = {task["name"] for task in tasks}
     assert {"clean Dahoas/rm-static", "download stanfordnlp/SHP", "SFT: train the policy"} <= names
     keys = {artifact["key"] for artifact in artifacts}
-    assert {"data", "steps", "metrics", "mlflow", "data-report", "clean-dahoas-rm-static", "ppo", "promotion"} <= keys
+    assert {
+        "data",
+        "steps",
+        "metrics",
+        "win-rates",
+        "win-rates-by-source",
+        "mlflow",
+        "data-report",
+        "clean-dahoas-rm-static",
+        "ppo",
+        "promotion",
+    } <= keys
     reads = {task["name"]: task["task_inputs"] for task in tasks}
     upstream = {entry["id"] for entries in reads["tokenise"].values() for entry in entries}
     ids = {task["name"]: task["id"] for task in tasks}

@@ -43,6 +43,7 @@ def test_every_stage_has_its_code(config: RunConfig) -> None:
 
     digests = {node.stage: code_digest(node.roots) for node in dag.graph(config).values()}
     assert set(digests) == set(dag.STAGES) - {"ptx"}
+    assert digests.pop("gold") == digests["reward"], "one trainer"
     assert len(set(digests.values())) == len(digests)
 
 
@@ -51,9 +52,13 @@ def test_every_stage_has_its_code(config: RunConfig) -> None:
     [
         ({"ppo__kl_coef": 0.2}, {"ppo"}),
         ({"sft__epochs": 2}, {"sft"}),
+        ({"reward__epochs": 2}, {"reward", "gold"}),
+        ({"gold__epochs": 2}, {"gold"}),
+        ({"promote__judge": "reward"}, set()),
         ({"evaluate__prompts": 3}, {"evaluate"}),
         ({"data__max_chars": 99}, {"clean:Dahoas/rm-static", "clean:stanfordnlp/SHP"}),
-        ({"data__phases": [1, 1, 1]}, {"split"}),
+        ({"data__phases": [1, 1, 1, 1]}, {"split"}),
+        ({"data__phases": [1, 1, 1]}, {"split", "evaluate"}),
         ({"data__demo": {"pairs": 300}}, {"demo"}),
         ({"data__max_prompt_tokens": 99}, {"tokenise"}),
         ({"promote__gates": {"kl": "<= 15"}}, set()),
@@ -73,7 +78,7 @@ def test_unsupervised_text_is_read_for_its_loss_alone(tree: dict[str, Any], tmp_
     before = with_(tree, data__unsupervised={"path": str(tmp_path / "text.txt")})
     assert "ptx" not in before
     after = with_(tree, ppo__ptx_coef=0.5)
-    assert changed(before, after) == {"download:unsupervised", "ptx", "ppo"}
+    assert changed(before, after) == {"download:unsupervised", "ptx", "ppo", "evaluate"}
     assert after["ppo"].inputs["text"] == "ptx"
     assert changed(after, with_(tree, data__unsupervised__chunk_tokens=64)) == {"ptx"}
     with pytest.raises(ConfigError, match=r"ppo\.ptx_coef is 0\.5, but there is no unsupervised text; name some"):
@@ -167,11 +172,29 @@ def test_reward_model_with_a_base_of_its_own(tree: dict[str, Any], tmp_path: Pat
     assert graph["reward"].inputs["base"] == "reward-base"
     assert graph["reward-base"].stage == "base"
     assert graph["ppo"].inputs["sft"] == "sft"
+    assert graph["gold"].inputs["base"] == "reward-base"
+
+
+def test_the_gold_reward_model_is_one_that_ppo_never_sees(tree: dict[str, Any], tmp_path: Path) -> None:
+    graph = with_(tree, reward__epochs=3, gold__optimizer={"learning_rate": 0.5})
+    gold = graph["gold"]
+    assert gold.config["phase"] == "judge"
+    assert gold.config["seed"] != graph["reward"].config["seed"]
+    assert (gold.config["gold"]["epochs"], gold.config["gold"]["optimizer"]["learning_rate"]) == (3, 0.5)
+    assert "gold" not in graph["ppo"].inputs
+    assert graph["evaluate"].inputs["gold"] == "gold"
+    # What starts from a registered reward model shares its errors, so the gold one starts from the SFT model then.
+    folder = model_folder(tmp_path / "model", "config.json", "tokenizer.json", "model.safetensors")
+    warm = with_(tree, models__reward=str(folder), models__reward_revision="models:/chat-reward/3")
+    assert (warm["reward"].inputs["base"], warm["gold"].inputs["base"]) == ("reward-base", "sft")
+    without = with_(tree, data__phases=[1, 1, 1])
+    assert "gold" not in without
+    assert "gold" not in without["evaluate"].inputs
 
 
 def test_choice_from_a_step_forces_it_and_what_follows() -> None:
     choice = Choice(from_step="reward")
-    assert [name for name in dag.STAGES if choice.forces(name)] == ["reward", "ppo", "evaluate"]
+    assert [name for name in dag.STAGES if choice.forces(name)] == ["reward", "gold", "ppo", "evaluate"]
     assert [name for name in dag.STAGES if choice.must_be_finished(name)][-1] == "sft"
     assert [name for name in dag.STAGES if Choice(force="sft").forces(name)] == ["sft"]
 

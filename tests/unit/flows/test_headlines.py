@@ -14,6 +14,8 @@ def test_main_figures() -> None:
     assert headline("split", {"ppo": phase, "sft": phase}) == "sft 1,200, ppo 1,200 train pairs"
     assert headline("ppo", {"first_reward": -0.5, "reward": 1.25, "kl": 3.456}) == "reward -0.50 → +1.25, KL 3.46"
     assert headline("evaluate", {"win_rate": 0.625}) == "PPO wins 62.5 % against SFT"
+    both = {"win_rate": 0.625, "gold_win_rate": 0.5}
+    assert headline("compare", both) == "the candidate wins 62.5 % against the champion, gold 50.0 %"
     assert headline("base", {"vocabulary": 512}) == "vocabulary 512"
     tokens = {"sft": {"train": {"tokens": {"prompt": {"sum": 10}, "answer": {"sum": 1000}}}}}
     assert headline("tokenise", tokens) == "1,010 tokens"

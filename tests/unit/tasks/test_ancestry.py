@@ -1,5 +1,6 @@
 """What models keep of what they and those that they come from were trained on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_a_policy_keeps_its_data_that_of_its_reward_model_and_of_its_warm_start(
     assert trained_on([made["reward"]]).tolist() == [1, 2, 3, 70, 71]
     for name in ("model", "ema"):
         assert trained_on([tmp_path / "ppo" / name]).tolist() == [1, 2, 3, 4, 5, 70, 71]
+
+
+def test_the_gold_reward_model_keeps_the_judges_data(tmp_path: Path, split: Path) -> None:
+    (tmp_path / "model").mkdir()
+    worker.keep_ancestry(replace(job("gold", tmp_path, split), config={"phase": "judge"}))
+    assert trained_on([tmp_path / "model"]).tolist() == [9]
 
 
 def test_a_model_of_the_hub_keeps_nothing(tmp_path: Path) -> None:

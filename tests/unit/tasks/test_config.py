@@ -72,3 +72,14 @@ def test_a_raw_deepspeed_key_that_the_config_decides_is_named(raw: dict, said: s
 def test_other_raw_deepspeed_keys_are_kept() -> None:
     raw = {"fp16": {"initial_scale_power": 12}, "zero_optimization": {"reduce_bucket_size": 10**7}}
     assert parse({"sft": {"engine": {"deepspeed": raw}}}).sft.engine.deepspeed == raw
+
+
+def test_what_the_gold_model_does_not_set_is_as_in_the_reward_model() -> None:
+    reward = {"epochs": 3, "optimizer": {"learning_rate": 0.5, "eps": 1e-6}, "engine": {"precision": "fp32"}}
+    config = parse({"reward": reward, "gold": {"batch_size": 8, "optimizer": {"learning_rate": 0.25}}})
+    assert (config.gold.epochs, config.gold.batch_size, config.gold.engine.precision) == (3, 8, "fp32")
+    assert (config.gold.optimizer.learning_rate, config.gold.optimizer.eps) == (0.25, 1e-6)
+    assert parse(config.model_dump(mode="json")) == config
+    with pytest.raises(ConfigError) as error:
+        parse({"reward": {"epochz": 3}})
+    assert str(error.value).count("epochz") == 1

@@ -15,8 +15,10 @@ from data_prep.tables import table_writer
 from data_prep.tokenise import SCHEMAS
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
 from data_prep.trained import keep
+from data_prep.unsupervised import CHUNK_SCHEMA
 from tasks import evaluate
 from tasks.base import train_tokenizer
+from tasks.compared import comparison
 from tasks.training.job import Job
 from tests.tiny import tiny_llama_for
 
@@ -84,7 +86,7 @@ def rows_of(folder: Path) -> list[dict]:
 def test_the_same_policy_ties_with_itself(tmp_path, data, ours):
     rows = evaluated(tmp_path, data, ours, ours["policy"])
     assert all(row["sft"] == row["ppo"] and row["sft_reward"] == row["ppo_reward"] for row in rows)
-    assert evaluate.summary(rows, ("ppo", "sft"))["win_rate"] == 0.5
+    assert comparison(rows, "ppo", "sft")["win_rate"] == 0.5
     assert all(abs(row["sft_kl"]) < 1e-5 for row in rows)
 
 
@@ -97,6 +99,45 @@ def test_a_champion_with_the_same_tokenizer_answers_as_it_did(tmp_path, data, ou
     compared = rows_of(tmp_path / "compare")
     assert [row["champion"] for row in compared] == [row["ppo"] for row in rows]
     assert [row["champion_reward"] for row in compared] == [row["ppo_reward"] for row in rows]
+
+
+def test_the_gold_reward_model_scores_the_same_answers(tmp_path, data, ours, other):
+    torch.manual_seed(7)
+    config = LlamaForSequenceClassification.from_pretrained(ours["reward"]).config
+    gold = LlamaForSequenceClassification(config)
+    gold.save_pretrained(tmp_path / "gold")
+    inputs = {"sft": ours["policy"], "ppo": ours["policy"], "gold": trained(tmp_path / "knows", tmp_path / "gold", 101)}
+    metrics = evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, **inputs))
+    rows, tokenizer = rows_of(tmp_path / "evaluate"), load_tokenizer(ours["policy"])
+    assert metrics["prompts"] == len(rows) == 3, "the prompt that the gold model was trained on is left out"
+    for row in rows:
+        messages = [Message(role="user", content=row["prompt"].split("Human: ")[1].split("\n")[0])]
+        ids = answer_ids(tokenizer, messages, Message(role="assistant", content=row["ppo"]))
+        ids = prompt_ids(tokenizer, messages) + (ids if row["ppo_ended"] else ids[:-1])
+        if len(ids) - len(prompt_ids(tokenizer, messages)) == row["ppo_tokens"]:  # the text says all of its tokens
+            with torch.no_grad():
+                assert row["ppo_gold"] == pytest.approx(float(gold.eval()(torch.tensor([ids])).logits[0, 0]), abs=1e-4)
+        assert row["ppo_gold"] != row["ppo_reward"]
+    assert metrics["gold_win_rate"] == 0.5
+    compared = {**inputs, "evaluate": tmp_path / "evaluate", "champion": other["policy"]}
+    found = evaluate.run(job("compare", tmp_path / "compare", data, ours, **compared))
+    assert {"gold_win_rate", "win_rate_gap", "champion_gold"} <= set(found)
+
+
+def test_perplexity_is_that_of_the_language_model(tmp_path, data, ours):
+    model = LlamaForCausalLM.from_pretrained(ours["policy"]).eval()
+    text = [list(range(5, 13)), list(range(20, 28)), list(range(40, 48))]
+    (tmp_path / "text").mkdir()
+    with table_writer(tmp_path / "text" / "ptx-eval.arrow", CHUNK_SCHEMA) as writer:
+        for tokens in text:
+            writer.append({"tokens": tokens})
+    inputs = {"sft": ours["policy"], "ppo": ours["policy"], "text": tmp_path / "text"}
+    metrics = evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, **inputs))
+    with torch.no_grad():
+        expected = [float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss) for ids in text]
+    losses = [json.loads(line) for line in (tmp_path / "evaluate" / evaluate.TEXTS).read_text().splitlines()]
+    assert [row["ppo_loss"] for row in losses] == pytest.approx(expected, abs=1e-4)
+    assert metrics["sft_perplexity"] == pytest.approx(np.exp(np.mean(expected)), rel=1e-4)
 
 
 def test_a_champion_with_another_tokenizer_is_asked_and_judged_by_text(tmp_path, data, ours, other, monkeypatch):
@@ -146,12 +187,3 @@ def test_prompts_that_an_ancestor_was_trained_on_are_not_asked(tmp_path, data, o
     knows_all = trained(tmp_path / "knows-all", ours["policy"], 0, 1, 103)
     with pytest.raises(ValueError, match="were trained on every held-out prompt"):
         evaluate.run(job("compare", tmp_path / "none", data, ours, **inputs | {"champion": knows_all}))
-
-
-def test_win_rate_counts_ties_as_half_and_gives_its_interval():
-    rows = [{"a_reward": a, "b_reward": b} for a, b in ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (2.0, 1.0))]
-    summary = evaluate.summary(rows, ("a", "b"))
-    assert summary["win_rate"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    variance = sum((w - 0.625) ** 2 for w in (1, 0.5, 0, 1)) / 4
-    assert summary["win_rate_interval"] == pytest.approx(1.96 * (variance / 4) ** 0.5)
-    assert (summary["a_reward"], summary["b_reward"]) == (0.75, 0.5)

@@ -3,9 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import gates
+from tasks import gates, sentences
 from tasks.config import ConfigError, GatesConfig, parse
-from tasks.gates import Comparison, Evidence, Gate
+from tasks.gates import Evidence
+from tasks.paired import estimate
+from tasks.sentences import Comparison, Gate
 
 
 def answer(ppo: float, sft: float, **more: float) -> dict:
@@ -39,7 +41,7 @@ def evidence(compared: list[dict] | None = None) -> Evidence:
     ],
 )
 def test_sentences_are_read_as_they_are_written(name, sentence, gate):
-    assert gates.parse(name, sentence) == gate
+    assert sentences.parse(name, sentence) == gate
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_sentences_are_read_as_they_are_written(name, sentence, gate):
 )
 def test_what_is_no_sentence_is_refused_with_an_example(sentence):
     with pytest.raises(ValueError, match=r'is no gate; write a comparison such as ">= 0.52"'):
-        gates.parse("kl", sentence)
+        sentences.parse("kl", sentence)
 
 
 def test_config_says_which_gate_is_wrong_and_how_to_mend_it():
@@ -79,9 +81,9 @@ def test_a_gate_that_is_set_leaves_the_others_and_null_takes_one_away():
 
 
 def test_every_measure_has_a_field_in_the_config_and_every_default_is_a_gate():
-    assert set(GatesConfig.model_fields) == set(gates.MEASURES)
+    assert set(GatesConfig.model_fields) == set(sentences.MEASURES) == set(gates.HOW)
     for name, sentence in GatesConfig().sentences.items():
-        gates.parse(name, sentence)
+        sentences.parse(name, sentence)
 
 
 def test_win_rate_counts_ties_half_and_names_its_rival():
@@ -105,6 +107,76 @@ def test_bound_is_checked_beside_the_value():
     assert (few.passed, sure.passed) == (False, True)
 
 
+def scored(proxy: tuple[float, float], gold: tuple[float, float], count: int = 1) -> list[dict]:
+    """Answers of PPO and SFT, with their scores by the reward model and by the gold one."""
+    row = {"ppo_reward": proxy[0], "sft_reward": proxy[1], "ppo_gold": gold[0], "sft_gold": gold[1]}
+    return [row | {"ppo": "words " * 3, "sft": "words"}] * count
+
+
+def judged(prefer_gold: bool, accuracy_low: float) -> Evidence:
+    """PPO wins 9 of 10 by the reward model, 6 of 10 by the gold one."""
+    rows = [*scored((1, 0), (1, 0), 6), *scored((1, 0), (0, 1), 3), *scored((0, 1), (0, 1), 1)]
+    gold = {"accuracy": 0.55, "accuracy_low": accuracy_low}
+    return Evidence(rows, None, {}, gold, prefer_gold=prefer_gold)
+
+
+@pytest.mark.parametrize(
+    ("prefer_gold", "accuracy_low", "rate", "title"),
+    [
+        (True, 0.51, 0.6, "win rate against the SFT model by the gold reward model"),
+        (
+            True,
+            0.5,
+            0.9,
+            "win rate against the SFT model by the run's reward model (the gold one, right in 55 % of held-out pairs, "
+            "may be no better than chance)",
+        ),
+        (False, 0.51, 0.9, "win rate against the SFT model by the run's reward model"),
+    ],
+)
+def test_the_gold_reward_model_judges_where_it_can(prefer_gold, accuracy_low, rate, title):
+    for name in ("win_rate_vs_champion", "win_rate_vs_sft"):
+        (result,) = gates.check({name: ">= 0.7"}, judged(prefer_gold, accuracy_low))
+        assert (result.value, result.title, result.passed) == (pytest.approx(rate), title, rate >= 0.7)
+
+
+def test_hacking_is_a_gap_and_the_proxy_can_be_asked_beside():
+    named = {"proxy_win_rate_vs_champion": ">= 0.8", "win_rate_gap": "<= 0.2", "gold_reward": ">= sft"}
+    proxy, gap, reward = gates.check(named, judged(True, 0.6))
+    assert (proxy.value, proxy.passed) == (pytest.approx(0.9), True)
+    assert (gap.value, gap.passed) == (pytest.approx(0.3), False)
+    assert gap.lower < 0.3 < gap.upper
+    assert (reward.value, reward.baselines) == (pytest.approx(0.6), {"sft": pytest.approx(0.4)})
+
+
+def test_text_is_measured_chunk_by_chunk_and_repetition_answer_by_answer():
+    rows = [answer(1.0, 0.0, ppo_repetition=0.5, sft_repetition=0.25)] * 3
+    texts = [{"ppo_loss": level + 0.25, "sft_loss": level} for level in (1.0, 2.0, 6.0)]
+    named = {"text_loss": "<= sft + 0.3 (upper bound <= sft + 0.3)", "repetition": "<= sft + 0.2"}
+    text, repetition = gates.check(named, Evidence(rows, None, {}, texts=texts))
+    assert (text.value, text.passed) == (pytest.approx(3.25), True)
+    assert text.baselines == {"sft": pytest.approx(3.0)}
+    assert (repetition.value, repetition.passed) == (0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        (
+            {"data": {"phases": [2, 4, 4]}, "promote": {"gates": {"win_rate_gap": "<= 0.1"}}},
+            "win_rate_gap needs a gold",
+        ),
+        (
+            {"promote": {"gates": {"text_loss": "<= sft"}}},
+            "text_loss needs unsupervised text, which is read where ppo.ptx",
+        ),
+    ],
+)
+def test_a_gate_about_what_the_run_has_not_is_refused(tree, sentence):
+    with pytest.raises(ConfigError, match=f"promote.gates.{sentence}"):
+        parse(tree)
+
+
 def test_accuracy_stands_against_length_and_its_paired_interval():
     (passed,) = gates.check({"reward_accuracy": ">= length_baseline + 0.03"}, evidence())
     assert passed.passed
@@ -126,17 +198,17 @@ def test_a_baseline_is_taken_off_prompt_by_prompt():
 
 def test_interval_is_that_of_the_normal_approximation_for_many_values():
     values = np.random.default_rng(1).normal(3.0, 2.0, 4000)
-    found = gates.estimate(values)
+    found = estimate(values)
     reach = 1.96 * values.std() / np.sqrt(len(values))
-    assert found.value == values.mean()
+    assert found.value == pytest.approx(values.mean())
     assert found.lower == pytest.approx(values.mean() - reach, abs=0.05 * reach)
     assert found.upper == pytest.approx(values.mean() + reach, abs=0.05 * reach)
-    assert gates.estimate(values) == found
+    assert estimate(values) == found
 
 
 @given(st.sampled_from(sorted(gates.OPERATORS)), st.decimals(-1000, 1000, places=3), st.sampled_from(["", " "]))
 def test_any_number_is_read_back(sign, number, space):
-    assert gates.parse("kl", f"{sign}{space}{number}").value == Comparison(sign, None, float(number))
+    assert sentences.parse("kl", f"{sign}{space}{number}").value == Comparison(sign, None, float(number))
 
 
 def test_the_champion_is_held_to_the_gates_that_are_measured_of_it():
@@ -150,13 +222,13 @@ def test_the_champion_is_held_to_the_gates_that_are_measured_of_it():
     # Of four prompts the champion may be asked three: it beats SFT on one and loses two, at 20 tokens each.
     rows = [told("a", 12, 0.0), told("left out", 12, 9.0), told("b", 12, 0.6), told("c", 12, 0.6)]
     compared = [beside("a", 0.5, 20), beside("b", 0.5, 20), beside("c", 0.5, 20)]
-    sentences = {
+    wanted = {
         "win_rate_vs_sft": ">= 0.5",
         "tokens": "<= sft + 10",
         "kl": "<= 0",  # not measured of it
     }
-    found = gates.check_champion(sentences, Evidence(rows, compared, {}))
+    found = gates.check_champion(wanted, Evidence(rows, compared, {}))
     assert [(gate.name, gate.passed) for gate in found] == [("win_rate_vs_sft", False), ("tokens", True)]
     assert found[0].value == pytest.approx(1 / 3)
     assert (found[1].value, found[1].baselines) == (20.0, {"sft": 10.0})
-    assert gates.check_champion(sentences, Evidence(rows, None, {})) == []
+    assert gates.check_champion(wanted, Evidence(rows, None, {})) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import data_report, page, report
+from tasks import data_report, evaluation_report, page, report
 from tasks.gates import GateResult
 from tasks.stages import Stage, StageRef, run
 
@@ -14,7 +14,11 @@ EVIL = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"
 EVALUATED = {
     "prompts": 20,
     "win_rate": 0.75,
-    "win_rate_interval": 0.19,
+    "win_rate_low": 0.56,
+    "win_rate_high": 0.94,
+    "length_controlled_win_rate": 0.7,
+    "length_controlled_win_rate_low": 0.5,
+    "length_controlled_win_rate_high": 0.9,
     "sft_reward": -0.5,
     "sft_reward_std": 1.0,
     "ppo_reward": 1.0,
@@ -139,7 +143,9 @@ def test_figures_of_the_run_are_there(summary):
     text = " ".join(Page(report.render(summary)).text.split())
     for expected in (
         "New champion",
-        "75.0 % ± 19.0, 20 held-out prompts",
+        "75.0 % 56.0 to 94.0, 20 held-out prompts",
+        "PPO against SFT 75.0 % [56.0, 94.0] 70.0 % [50.0, 90.0] 20",
+        "No gold reward model judged: data.phases has no share for the judge",
         "+1.50 std -0.50 → 1.00",
         "+2.00 std 0.25 → 0.75",
         "90.0 % length alone: 55.0 %",
@@ -155,6 +161,43 @@ def test_figures_of_the_run_are_there(summary):
         "1 min 15 s of work in this run",
     ):
         assert expected in text, expected
+
+
+def test_the_gold_reward_model_stands_beside_the_other_and_hacking_is_said(summary, refs, tmp_path):
+    gold = {
+        "gold_win_rate": 0.5,
+        "gold_win_rate_low": 0.25,
+        "gold_win_rate_high": 0.75,
+        "gold_length_controlled_win_rate": 0.4,
+        "gold_length_controlled_win_rate_low": 0.2,
+        "gold_length_controlled_win_rate_high": 0.6,
+        "win_rate_gap": 0.25,
+        "win_rate_gap_low": 0.05,
+        "win_rate_gap_high": 0.45,
+        "gain": 1.5,
+        "gold_gain": 0.25,
+        "gain_gap": 1.25,
+        "sft_gold": 0.0,
+        "ppo_gold": 0.5,
+        "per_source": {"own": {"prompts": 20, "win_rate": 0.75, "win_rate_low": 0.5, "win_rate_high": 1.0}},
+    }
+    evaluated = replace(refs["evaluate"], metrics=EVALUATED | gold)
+    judge = replace(refs["reward"], stage="gold", metrics=REWARD | {"accuracy": 0.8})
+    page_ = Page(report.render(replace(summary, refs=refs | {"evaluate": evaluated, "gold": judge})))
+    text = " ".join(page_.text.split())
+    for expected in (
+        "The same by the gold reward model 50.0 % 25.0 to 75.0",
+        "75.0 % [56.0, 94.0] 50.0 % [25.0, 75.0] +25.0 [+5.0, +45.0] 70.0 % [50.0, 90.0] 40.0 % [20.0, 60.0] 20",
+        "PPO gained +1.50 and +0.25 standard deviations of SFT's answers by the reward model and by the gold one",
+        "a part of what it gained is the reward model's errors",
+        "PPO against SFT own 75.0 % [50.0, 100.0] 20",
+        "Gold reward, mean ± std 0.000 0.500 +0.500",
+        "Gold reward model, 1,234 held-out pairs 80.0 %",
+    ):
+        assert expected in text, expected
+    assert "No gold reward model judged" not in text
+    unsure = EVALUATED | gold | {"win_rate_gap_low": -0.01}
+    assert "errors" not in evaluation_report.hacking(unsure)
 
 
 def test_gates_are_shown_with_what_was_wanted_and_measured(summary):
@@ -190,19 +233,20 @@ def test_data_table_adds_cleaning_and_blending_up(refs):
 
 
 def test_samples_are_spread_from_the_worst_loss_to_the_best_win(refs):
-    path = refs["evaluate"].directory / "answers.jsonl"
-    shown = report.samples(path, 3)
+    folder = refs["evaluate"].directory
+    shown = evaluation_report.samples(folder, 3)
     assert [sample["prompt"].split()[1] for sample in shown] == ["0", "10", "19"]
     assert [sample["winner"] for sample in shown] == ["sft", "tie", "ppo"]
-    assert len(report.samples(path, 100)) == 20
-    assert report.samples(path.with_name("none"), 3) == []
+    assert len(evaluation_report.samples(folder, 100)) == 20
+    assert evaluation_report.samples(folder.with_name("none"), 3) == []
 
 
 def test_report_of_a_run_that_ended_early_has_what_there_is(summary, refs):
     early = replace(summary, refs={"sft": refs["sft"]}, versions={}, run_id=None)
     text = Page(report.render(early)).text
     assert "Curves" in text
-    assert "Evaluation" not in text
+    assert "Win rates" not in text
+    assert "Answers: PPO beside SFT" not in text
     assert "Reward model's accuracy" not in text
     assert "Steps" in Page(report.render(replace(early, refs={}, rows=[]))).text
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.config import ConfigError, SFTConfig, parse
+from tasks.config import ConfigError, RewardConfig, SFTConfig, parse
 from tasks.shapes import peak_flops, shape_of, work_of
 from tasks.training import checkpoint, supervised
 from tasks.training.job import Job, Stopped
-from tasks.training.reward import _summary, calibration_error, quantiles, wilson
+from tasks.training.reward import _summary, calibration_error, quantiles, wilson, within
 from tasks.training.types import StepReport
 
 CPU = torch.device("cpu")
@@ -159,3 +159,8 @@ def test_work_is_that_of_the_known_formula() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce RTX 5090") is None
+
+
+def test_few_pairs_make_a_batch_for_the_gold_model() -> None:
+    assert within(RewardConfig(batch_size=64), 47).batch_size == 47
+    assert within(RewardConfig(batch_size=16), 47).batch_size == 16

@@ -1,0 +1,155 @@
+"""What was found of the answers, as the tables of the run's report and of Prefect: win rates, means, samples."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks import page
+from tasks.data_report import metrics_of
+from tasks.gates import answers
+from tasks.stages import StageRef
+
+LONGEST_TEXT = 1500
+MEASURES = (
+    ("reward", "Reward, mean ± std", 3),
+    ("gold", "Gold reward, mean ± std", 3),
+    ("true_score", "True score of the demo task, mean ± std", 3),
+    ("kl", "KL to the SFT model, nats per answer", 2),
+    ("tokens", "Answer length, tokens", 1),
+    ("eos_rate", "Answers that end by themselves", None),
+    ("repetition", "Repeated runs of four words in an answer", None),
+    ("distinct_1", "Distinct words of all answers", None),
+    ("distinct_2", "Distinct word pairs", None),
+    ("distinct_3", "Distinct runs of three words", None),
+    ("perplexity", "Perplexity on the unsupervised text", 2),
+)
+"""Name in the metrics of `evaluate` -> what it is called, digits (None: percent)."""
+CONTESTS = (
+    ("evaluate", "", "PPO against SFT"),
+    ("evaluate", "ema_", "Moving average against PPO"),
+    ("compare", "", "Candidate against the champion"),
+)
+"""Stage, how its figures begin, what it is called."""
+LABELS = {"sft": "SFT", "ppo": "PPO", "champion": "Champion"}
+
+
+def win_rates(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
+    """A line per contest of the run: by the reward model, by the gold one, their gap, and both at equal length."""
+    found = []
+    for stage, begins, label in CONTESTS:
+        metrics = metrics_of(refs, stage)
+        if f"{begins}win_rate" in metrics:
+            found.append({"contest": label} | _line(metrics, begins) | {"prompts": f"{metrics['prompts']:,}"})
+    return found
+
+
+def per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
+    """The same, without lengths, per contest and source."""
+    found = []
+    for stage, begins, label in CONTESTS:
+        for source, metrics in metrics_of(refs, stage).get(f"{begins}per_source", {}).items():
+            line = {"contest": label, "source": source} | _line(metrics, "") | {"prompts": f"{metrics['prompts']:,}"}
+            found.append(line)
+    return found
+
+
+def _line(metrics: Mapping[str, Any], begins: str) -> dict[str, str]:
+    names = {
+        "by the reward model": f"{begins}win_rate",
+        "by the gold reward model": f"{begins}gold_win_rate",
+        "gap": f"{begins}win_rate_gap",
+        "at equal length": f"{begins}length_controlled_win_rate",
+        "gold, at equal length": f"{begins}gold_length_controlled_win_rate",
+    }
+    return {title: _with_interval(metrics, name) for title, name in names.items() if name in metrics}
+
+
+def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    """A share with its 95 % interval; a gap in points."""
+    value, low, high = (100 * metrics[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if name.endswith("gap"):
+        return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def hacking(evaluated: Mapping[str, Any]) -> str:
+    """What the two reward models say together, as a sentence; empty where there was but one."""
+    if "gain_gap" not in evaluated:
+        return ""
+    gains = f"{evaluated['gain']:+.2f} and {evaluated['gold_gain']:+.2f} standard deviations of SFT's answers"
+    said = f"PPO gained {gains} by the reward model and by the gold one, which it never saw."
+    if evaluated["win_rate_gap_low"] > 0:
+        said += " The first is surely more often on PPO's side: a part of what it gained is the reward model's errors."
+    return said
+
+
+def gain_in_std(evaluated: Mapping[str, Any], measure: str) -> float | None:
+    """By how many standard deviations of SFT's answers PPO's mean is higher; None where that was not measured."""
+    spread = evaluated.get(f"sft_{measure}_std")
+    if not spread or f"ppo_{measure}" not in evaluated:
+        return None
+    return float((evaluated[f"ppo_{measure}"] - evaluated[f"sft_{measure}"]) / spread)
+
+
+def comparison(evaluated: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What was measured of both models' answers: name, SFT, PPO, difference."""
+    lines = []
+    for measure, label, digits in MEASURES:
+        sft, ppo = evaluated.get(f"sft_{measure}"), evaluated.get(f"ppo_{measure}")
+        if sft is None or ppo is None:
+            continue
+        if digits is None:
+            lines.append((label, page.percent(sft), page.percent(ppo), f"{(ppo - sft) * 100:+.1f} points"))
+            continue
+        texts = [
+            f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+            for value, spread in (
+                (sft, evaluated.get(f"sft_{measure}_std")),
+                (ppo, evaluated.get(f"ppo_{measure}_std")),
+            )
+        ]
+        lines.append((label, texts[0], texts[1], f"{ppo - sft:+.{digits}f}"))
+    return lines
+
+
+def samples(directory: Path, count: int, first: str = "ppo", second: str = "sft") -> list[dict[str, Any]]:
+    """Answers to show: spread evenly from the first's worst loss to its best win, so that none is picked.
+
+    Args:
+        directory: of `evaluate` or `compare`.
+    """
+    try:
+        rows = answers(directory)
+    except OSError:
+        return []
+    rows = sorted(rows, key=lambda row: row[f"{first}_reward"] - row[f"{second}_reward"])
+    if len(rows) > count > 0:
+        rows = [rows[round(place * (len(rows) - 1) / max(1, count - 1))] for place in range(count)]
+    return [
+        {
+            "prompt": _cut(row["prompt"]),
+            "source": row.get("source", ""),
+            "answers": [_answer(row, name) for name in (second, first)],
+            "winner": "tie"
+            if row[f"{first}_reward"] == row[f"{second}_reward"]
+            else max((second, first), key=lambda n: row[f"{n}_reward"]),
+        }
+        for row in rows[:count]
+    ]
+
+
+def _answer(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "label": LABELS[name],
+        "text": _cut(row[name]),
+        "reward": f"{row[f'{name}_reward']:+.2f}",
+        "gold": f"{row[f'{name}_gold']:+.2f}" if f"{name}_gold" in row else None,
+        "tokens": row.get(f"{name}_tokens"),
+        "true_score": f"{row[f'{name}_true_score']:.2f}" if f"{name}_true_score" in row else None,
+        "ended": row.get(f"{name}_ended", True),
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"

@@ -20,6 +20,7 @@ from prefect.states import Completed
 from flows.prepare import preparation
 from flows.promotion import promotion
 from tasks import (
+    api_judge,
     dag,
     evaluation_report,
     events,
@@ -105,6 +106,8 @@ def retrain(
     config = registered.pinned(config)
     choice = Choice(from_stage, until, force)
     choice.check(dag.graph(config))
+    if config.evaluate.api_judge is not None:
+        api_judge.check(config.evaluate.api_judge)
     steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
     plan.check_finished(config, choice)
     store = tracking.open_store(dag.workspace(config))
@@ -145,6 +148,9 @@ def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
     yield
     refs["evaluate"] = train.evaluate(run, refs, return_state=True).result()
     yield
+    if "verdicts" in run.graph:
+        refs["verdicts"] = train.verdicts(run, refs, return_state=True).result()
+        yield
     outcome.registration = register_models(run.store, run.config, refs, run.run_id, return_state=True).result()
     if run.choice.until == "register":
         return
@@ -162,12 +168,16 @@ def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
     if champion is not None and needs_comparison(candidate, champion):
         refs["compare"] = train.compare(run, refs, train.standing(run, champion), return_state=True).result()
         compared = gates.answers(refs["compare"].directory)
+        if run.config.evaluate.api_judge is not None:
+            found = train.verdicts_on_champion(run, refs["compare"], return_state=True).result()
+            refs["verdicts-compare"] = found
     evaluated = refs["evaluate"].directory
     evidence = gates.Evidence(
         gates.answers(evaluated),
         compared,
         reward=refs["reward"].metrics,
         gold=refs["gold"].metrics if "gold" in refs else None,
+        verdicts=gates.verdicts(refs.get("verdicts" if compared is None else "verdicts-compare")),
         texts=gates.texts(evaluated),
         prefer_gold=run.config.promote.judge == "gold",
     )

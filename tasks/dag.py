@@ -16,7 +16,7 @@ from tasks.stages import Stage, StageRef
 
 STAGES = (
     *("demo", "download", "clean", "blend", "split", "base", "tokenise", "ptx"),
-    *("sft", "reward", "gold", "ppo", "evaluate"),
+    *("sft", "reward", "gold", "ppo", "evaluate", "verdicts"),
 )
 """The stages that leave a directory; `--force` takes one of them."""
 STEPS = (*STAGES, "register", "promote")
@@ -347,7 +347,23 @@ def _training(config: RunConfig) -> list[Node]:
             EVALUATION,
             launched=True,
         ),
+        *([_verdicts(config, "evaluate")] if config.evaluate.api_judge is not None else []),
     ]
+
+
+def verdicts_on(config: RunConfig, answers: StageRef) -> Stage:
+    """The stage that asks a judge behind an API about the answers of a comparison with the champion."""
+    node = _verdicts(config, "compare")
+    return Stage(node.stage, workspace(config), node.config, {"compare": answers}, node.roots)
+
+
+def _verdicts(config: RunConfig, answers: str) -> Node:
+    assert config.evaluate.api_judge is not None
+    # How it is reached and how fast changes no verdict, so that verdicts that were paid for stay.
+    reached = {"key_variable", "calls_per_minute", "retries", "timeout_seconds"}
+    settings = config.evaluate.api_judge.model_dump(mode="json", exclude=reached)
+    roots = ("tasks.api_judge", "tasks.paired")
+    return Node("verdicts", "verdicts", settings, {answers: answers}, roots, resumable=True)
 
 
 def _trained(name: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Node:
@@ -365,7 +381,7 @@ def _gold_role(config: RunConfig) -> dict[str, str]:
 
 def _evaluation(config: RunConfig) -> dict[str, Any]:
     return {
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json", exclude={"api_judge", "samples"}),
         "seed": config.seed,
         "max_answer_tokens": config.data.max_answer_tokens,
         "true_score": "demo" if config.data.demo is not None else None,

@@ -29,6 +29,8 @@ CONTESTS = (
     ("evaluate", "ema_", "Moving average against PPO"),
     ("compare", "", "Candidate against the champion"),
 )
+ASKED = {("evaluate", ""): "verdicts", ("compare", ""): "verdicts-compare"}
+"""Contest -> where a judge behind an API said what it thinks of it."""
 """Stage, how its figures begin, what it is called."""
 LABELS = {"sft": "SFT", "ppo": "PPO", "champion": "Champion"}
 
@@ -39,8 +41,17 @@ def win_rates(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
     for stage, begins, label in CONTESTS:
         metrics = metrics_of(refs, stage)
         if f"{begins}win_rate" in metrics:
-            found.append({"contest": label} | _line(metrics, begins) | {"prompts": f"{metrics['prompts']:,}"})
-    return found
+            line = {"contest": label} | _line(metrics, begins) | {"prompts": f"{metrics['prompts']:,}"}
+            found.append(line | _by_api(metrics_of(refs, ASKED.get((stage, begins), ""))))
+    columns = list(dict.fromkeys(column for line in found for column in line))
+    return [{column: line.get(column, "") for column in columns} for line in found]
+
+
+def _by_api(metrics: Mapping[str, Any]) -> dict[str, str]:
+    if "win_rate" not in metrics:
+        return {}
+    ended = ", ended at its cap" if metrics["capped"] else ""
+    return {"by the API's judge": f"{_with_interval(metrics, 'win_rate')} of {metrics['prompts']}{ended}"}
 
 
 def per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:

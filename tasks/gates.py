@@ -19,6 +19,7 @@ import numpy as np
 from tasks.compared import GOLD, PROXY, column_of, longer_by, scores, win_gap
 from tasks.paired import Estimate, estimate, length_controlled, wins
 from tasks.sentences import MEASURES, Comparison, parse
+from tasks.stages import StageRef
 
 Row = Mapping[str, Any]
 OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -50,6 +51,8 @@ class Evidence:
     """Metrics of the reward model."""
     gold: Mapping[str, Any] | None = None
     """Metrics of the gold reward model; None where the run has none."""
+    verdicts: Sequence[Row] = ()
+    """Of the judge behind an API on PPO's answers against the champion's, or SFT's where there is none."""
     texts: Sequence[Row] = ()
     """Of `evaluate`: SFT's and PPO's loss on each chunk of unsupervised text."""
     prefer_gold: bool = True
@@ -100,6 +103,11 @@ Of = Callable[[Evidence, str | None], Estimate]
 def answers(directory: Path, file: str = "answers.jsonl") -> list[Row]:
     """The answers that `evaluate` or `compare` left in its directory, a row per prompt."""
     return [json.loads(line) for line in (directory / file).read_text(encoding="utf-8").splitlines()]
+
+
+def verdicts(asked: StageRef | None) -> list[Row]:
+    """What a judge behind an API said, a row per pair; nothing where none was asked."""
+    return answers(asked.directory, "verdicts.jsonl") if asked is not None else []
 
 
 def texts(directory: Path) -> list[Row]:
@@ -188,6 +196,12 @@ class Wins(NamedTuple):
         return wins(*scores(self.rows, "ppo", self.rival, self.scorer))
 
 
+def _by_api(evidence: Evidence, baseline: str | None) -> Estimate:
+    """Of the pairs that the API's judge gave verdicts on; without any, nothing is known and the rate may be any."""
+    won = np.array([row["won"] for row in evidence.verdicts if row["won"] is not None])
+    return estimate(won) if len(won) else Estimate(float("nan"), 0.0, 1.0)
+
+
 def _mean(column: str) -> Of:
     """The mean over PPO's answers, or over their differences from SFT's answers to the same prompts."""
 
@@ -225,6 +239,7 @@ HOW: Mapping[str, Of] = {
     "length_controlled_win_rate_vs_champion": _against("champion", None, Wins.at_equal_length),
     "length_controlled_win_rate_vs_sft": _against("sft", None, Wins.at_equal_length),
     "proxy_win_rate_vs_champion": _against("champion", PROXY, Wins.rate),
+    "api_win_rate_vs_champion": _by_api,
     "win_rate_gap": _against("sft", None, Wins.gap),
     "reward": _mean("reward"),
     "gold_reward": _mean("gold"),

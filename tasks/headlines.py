@@ -69,5 +69,10 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "ppo": lambda m: f"reward {m['first_reward']:+.2f} → {m['reward']:+.2f}, KL {m['kl']:.2f}",
     "evaluate": lambda m: f"PPO wins {_percent(m['win_rate'])} against SFT{_by_gold(m)}",
     "compare": lambda m: f"the candidate wins {_percent(m['win_rate'])} against the champion{_by_gold(m)}",
+    "verdicts": lambda m: (
+        f"PPO wins {_percent(m['win_rate'])} of {m['prompts']} by the API's judge"
+        if "win_rate" in m
+        else "the API's judge gave no verdict"
+    ),
 }
 """Stage -> its main figure out of its metrics."""

@@ -44,7 +44,7 @@ class Measure:
     """{rival}: the champion, or what stands for it; {judge}: whose scores decide."""
     baselines: tuple[str, ...] = ()
     needs: str | None = None
-    """What not every run has: "gold" or "text"."""
+    """What not every run has: "gold", "api" or "text"."""
 
 
 def parse(name: str, sentence: str) -> Gate:
@@ -80,6 +80,7 @@ MEASURES: Mapping[str, Measure] = {
     "length_controlled_win_rate_vs_champion": Measure("win rate against {rival} at equal length{judge}"),
     "length_controlled_win_rate_vs_sft": Measure("win rate against the SFT model at equal length{judge}"),
     "proxy_win_rate_vs_champion": Measure("win rate against {rival} by the run's reward model"),
+    "api_win_rate_vs_champion": Measure("win rate against {rival} by the judge behind an API", (), "api"),
     "win_rate_gap": Measure(
         "win rate against the SFT model by the run's reward model, less that by the gold one", (), "gold"
     ),

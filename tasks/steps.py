@@ -120,7 +120,12 @@ def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> 
         )
     assert work is not None, f"{node.key} is made in this process, so its task has to say how"
     ref = stages.run(
-        stage, lambda directory: work(stage, directory), force=force, made_by=run.origin, on_wait=watcher().said
+        stage,
+        lambda directory: work(stage, directory),
+        force=force,
+        resumable=node.resumable,
+        made_by=run.origin,
+        on_wait=watcher().said,
     )
     tracking.link_cached(run.store, run.run_id, ref, node.key)
     return ref

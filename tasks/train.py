@@ -5,16 +5,17 @@ worker's processes would be left behind.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.states import Completed
 
-from tasks import dag, launched, registered
+from tasks import api_judge, dag, gates, launched, registered, stages, tracking
 from tasks.config import ConfigError
 from tasks.launched import StageFailed
-from tasks.stages import StageRef
-from tasks.steps import STAGE, Progress, Run, datasets, make
+from tasks.stages import Stage, StageRef
+from tasks.steps import STAGE, Progress, Run, Work, datasets, make
 from tasks.tracking import Version
 from tasks.watch import watcher
 
@@ -116,6 +117,40 @@ def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
     )
     watcher().finished("compare", ref)
     return Completed(name="Cached", data=ref) if ref.cached else ref
+
+
+@task(name="verdicts", task_run_name="ask the API's judge: PPO against SFT", **STAGE)
+def verdicts(run: Run, refs: Refs) -> Any:
+    """What a judge behind an API says of PPO's answers and SFT's."""
+    return make(run, "verdicts", refs, _asked(run, "sft"))
+
+
+@task(name="verdicts-compare", task_run_name="ask the API's judge: candidate against champion", **STAGE)
+def verdicts_on_champion(run: Run, compared: StageRef) -> Any:
+    """What a judge behind an API says of the candidate's answers and the champion's."""
+    stage, work = dag.verdicts_on(run.config, compared), _asked(run, "champion")
+    watcher().started("verdicts")
+    ref = stages.run(
+        stage,
+        lambda directory: work(stage, directory),
+        resumable=True,
+        made_by=run.origin,
+        on_wait=watcher().said,
+    )
+    tracking.link_cached(run.store, run.run_id, ref, "verdicts-compare")
+    watcher().finished("verdicts", ref)
+    return Completed(name="Cached", data=ref) if ref.cached else ref
+
+
+def _asked(run: Run, rival: str) -> Work:
+    config = run.config.evaluate.api_judge
+    assert config is not None, "only a run with such a judge has this step"
+
+    def work(stage: Stage, directory: Path) -> Mapping[str, Any]:
+        (answers,) = stage.inputs.values()
+        return api_judge.judge(config, gates.answers(answers.directory), "ppo", rival, directory)
+
+    return work
 
 
 def standing(run: Run, version: Version) -> StageRef:

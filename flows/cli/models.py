@@ -19,6 +19,7 @@ Workspace = Annotated[
 WORKSPACE = Path("workspace")
 MEASURES = (
     ("metric.win_rate", "win rate"),
+    ("metric.gold_win_rate", "by the gold reward model"),
     ("metric.ppo_reward", "reward"),
     ("metric.ppo_kl", "KL"),
     ("metric.ema_win_rate", "win rate over the last policy"),

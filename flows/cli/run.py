@@ -31,8 +31,8 @@ Force = Annotated[
     typer.Option("--force", metavar="STAGE", help="Make this stage anew even if it is finished; others as needed."),
 ]
 STEPS = (
-    "Steps: demo, download, clean, blend, split, base, tokenise, ptx, sft, reward, gold, ppo, evaluate, register, "
-    "promote."
+    "Steps: demo, download, clean, blend, split, base, tokenise, ptx, sft, reward, gold, ppo, evaluate, verdicts, "
+    "register, promote."
 )
 
 

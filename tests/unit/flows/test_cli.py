@@ -98,7 +98,7 @@ def test_plan_shows_stages_and_reasons(file: Path) -> None:
     assert result.exit_code == 0
     assert "download × 2" in result.output
     assert "after reward" in result.output
-    assert "0 of 13 stages cached, 13 would run." in result.output
+    assert "0 of 14 stages cached, 14 would run." in result.output
 
 
 def test_usage_errors() -> None:

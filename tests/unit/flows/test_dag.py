@@ -42,7 +42,7 @@ def test_every_stage_has_its_code(config: RunConfig) -> None:
     from tasks.stages import code_digest
 
     digests = {node.stage: code_digest(node.roots) for node in dag.graph(config).values()}
-    assert set(digests) == set(dag.STAGES) - {"ptx"}
+    assert set(digests) == set(dag.STAGES) - {"ptx", "verdicts"}
     assert digests.pop("gold") == digests["reward"], "one trainer"
     assert len(set(digests.values())) == len(digests)
 
@@ -175,6 +175,15 @@ def test_reward_model_with_a_base_of_its_own(tree: dict[str, Any], tmp_path: Pat
     assert graph["gold"].inputs["base"] == "reward-base"
 
 
+def test_a_judge_behind_an_api_reads_the_answers_and_its_pace_is_no_part_of_the_result(tree: dict[str, Any]) -> None:
+    asked = with_(tree, evaluate__api_judge={"model": "m"})
+    assert asked["verdicts"].inputs == {"evaluate": "evaluate"}
+    assert changed(with_(tree, evaluate__api_judge=None), asked) == {"verdicts"}
+    slower = {"model": "m", "calls_per_minute": 3, "key_variable": "OTHER"}
+    assert changed(asked, with_(tree, evaluate__api_judge=slower)) == set()
+    assert changed(asked, with_(tree, evaluate__api_judge={"model": "other"})) == {"verdicts"}
+
+
 def test_the_gold_reward_model_is_one_that_ppo_never_sees(tree: dict[str, Any], tmp_path: Path) -> None:
     graph = with_(tree, reward__epochs=3, gold__optimizer={"learning_rate": 0.5})
     gold = graph["gold"]
@@ -194,7 +203,7 @@ def test_the_gold_reward_model_is_one_that_ppo_never_sees(tree: dict[str, Any], 
 
 def test_choice_from_a_step_forces_it_and_what_follows() -> None:
     choice = Choice(from_step="reward")
-    assert [name for name in dag.STAGES if choice.forces(name)] == ["reward", "gold", "ppo", "evaluate"]
+    assert [name for name in dag.STAGES if choice.forces(name)] == [*("reward", "gold", "ppo", "evaluate", "verdicts")]
     assert [name for name in dag.STAGES if choice.must_be_finished(name)][-1] == "sft"
     assert [name for name in dag.STAGES if Choice(force="sft").forces(name)] == ["sft"]
 

@@ -1,0 +1,216 @@
+"""The judge behind an API, asked over HTTP: a server on this machine answers as such APIs do, and fails as they do."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import api_judge, gates
+from tasks.api_judge import judge
+from tasks.config import ApiJudgeConfig, ConfigError, parse
+
+KEY = "sk-a-key-that-nobody-may-see"
+Answer = tuple[int, str]
+
+
+class Server:
+    """An OpenAI-compatible server whose judge is a function: (answer A, answer B, request number) -> status, reply."""
+
+    def __init__(self, replies: Callable[[str, str, int], Answer]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.replies = replies
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.times.append(time.monotonic())
+                server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
+                status, text = server.replies(*answers_in(body), len(server.requests))
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("retry-after-ms", "10")
+                reply = json.dumps(completion(text) if status == 200 else {"error": {"message": f"{text} {KEY}"}})
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply.encode())
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+def completion(text: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    usage = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+def answers_in(body: dict[str, Any]) -> tuple[str, str]:
+    text = body["messages"][1]["content"]
+    first, second = (text.split(f"Assistant {name}'s Answer]\n")[1].split("\n[The End")[0] for name in "AB")
+    return first, second
+
+
+def longer(first: str, second: str, number: int) -> Answer:
+    verdict = "C" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+    return 200, f"[[A]] and [[B]] are what I may say. My verdict: [[{verdict}]]"
+
+
+ROWS = [
+    {"prompt": "why?", "source": "left", "ppo": "because of this", "sft": "so"},
+    {"prompt": "how?", "source": "left", "ppo": "so", "sft": "as one does it"},
+    {"prompt": "when?", "source": "right", "ppo": "now", "sft": "yes"},
+    {"prompt": "who?", "source": "right", "ppo": "the one there", "sft": "me"},
+]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[..., Answer]], Server]]:
+    running: list[Server] = []
+
+    def start(replies: Callable[..., Answer]) -> Server:
+        running.append(Server(replies))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+def config(server: Server, **changes: Any) -> ApiJudgeConfig:
+    fast = {"calls_per_minute": 1e6, "key_variable": "JUDGE_KEY", "retries": 2, "timeout_seconds": 10}
+    return ApiJudgeConfig(base_url=server.address, model="m", **{**fast, **changes})
+
+
+def test_both_orders_are_asked_and_a_tie_is_half(serve: Any, tmp_path: Path) -> None:
+    server = serve(longer)
+    found = judge(config(server, prices=(2.0, 100.0)), ROWS, "ppo", "sft", tmp_path)
+    assert found["win_rate"] == (1 + 0 + 0.5 + 1) / 4
+    assert (found["prompts"], found["calls"], found["orders_agree"], found["capped"]) == (4, 8, 1.0, False)
+    assert found["cost"] == pytest.approx(8 * (1000 * 2 + 10 * 100) / 1e6)
+    asked = [answers_in(request) for request in server.requests[:2]]
+    assert asked == [("because of this", "so"), ("so", "because of this")]
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    assert {(request["model"], request["temperature"]) for request in server.requests} == {("m", 0)}
+    assert gates.answers(tmp_path, api_judge.VERDICTS)[0]["verdicts"] == ["A", "B"]
+
+
+def test_a_judge_that_likes_what_it_reads_first_decides_nothing(serve: Any, tmp_path: Path) -> None:
+    found = judge(config(serve(lambda *_: (200, "[[A]]"))), ROWS, "ppo", "sft", tmp_path)
+    assert (found["win_rate"], found["orders_agree"]) == (0.5, 0.0)
+
+
+def test_a_busy_and_a_broken_server_are_asked_again_and_a_reply_without_verdict_leaves_its_pair_out(
+    serve: Any, tmp_path: Path
+) -> None:
+    def replies(first: str, second: str, number: int) -> Answer:
+        return {1: (429, "slow down"), 3: (500, "broken"), 6: (200, "I cannot say.")}.get(
+            number, longer(first, second, number)
+        )
+
+    found = judge(config(serve(replies)), ROWS, "ppo", "sft", tmp_path)
+    # Requests 1 to 4 are the first pair's, 6 is the second's other order.
+    assert (found["calls"], found["no_verdict"], found["failed"], found["prompts"]) == (10, 1, 0, 3)
+    assert found["win_rate"] == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_calls_and_cost_are_capped(serve: Any, tmp_path: Path) -> None:
+    server = serve(longer)
+    (tmp_path / "calls").mkdir()
+    found = judge(config(server, max_calls=5), ROWS, "ppo", "sft", tmp_path / "calls")
+    assert (found["prompts"], found["capped"], len(server.requests)) == (2, True, 5)
+    (tmp_path / "cost").mkdir()
+    dear = config(server, max_cost=0.0035, prices=(1.0, 0.0))  # a thousandth a call
+    found = judge(dear, ROWS, "ppo", "sft", tmp_path / "cost")
+    assert (found["prompts"], found["capped"], len(server.requests)) == (2, True, 5 + 4)
+
+
+def test_retries_count_towards_the_cap(serve: Any, tmp_path: Path) -> None:
+    server = serve(lambda *_: (500, "broken"))
+    found = judge(config(server, max_calls=4, retries=9), ROWS, "ppo", "sft", tmp_path)
+    assert (len(server.requests), found["prompts"], found["capped"]) == (4, 0, True)
+    assert "win_rate" not in found
+
+
+def test_an_api_that_is_down_keeps_what_was_said_and_the_next_run_goes_on(serve: Any, tmp_path: Path) -> None:
+    down = True
+    server = serve(lambda a, b, number: (503, "down") if down and number > 4 else longer(a, b, number))
+    with pytest.raises(ConnectionError, match="answers with status 503, also when asked again; the verdicts so far"):
+        judge(config(server, retries=0), ROWS, "ppo", "sft", tmp_path)
+    kept = gates.answers(tmp_path, api_judge.VERDICTS)
+    assert [row["won"] for row in kept] == [1.0, 0.0, None]
+    with (tmp_path / api_judge.VERDICTS).open("a") as file:
+        file.write('{"won": 1.0, "ver')  # a kill while it was written
+    down, before = False, len(server.requests)
+    found = judge(config(server, retries=0), ROWS, "ppo", "sft", tmp_path)
+    assert len(server.requests) == before + 2
+    assert (found["prompts"], found["failed"]) == (3, 2)
+    assert found["win_rate"] == pytest.approx(2 / 3)
+
+
+def test_the_key_is_in_the_header_and_nowhere_else(
+    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(longer)
+    with caplog.at_level(logging.DEBUG):
+        judge(config(server), ROWS, "ppo", "sft", tmp_path)
+        (tmp_path / "refused").mkdir()
+        refusing = serve(lambda *_: (401, "Incorrect API key provided:"))
+        with pytest.raises(ConfigError) as refused:
+            judge(config(refusing), ROWS, "ppo", "sft", tmp_path / "refused")
+    assert {request["key"] for request in server.requests} == {f"Bearer {KEY}"}
+    assert "refused the request with status 401; check the model m and the key in JUDGE_KEY" in str(refused.value)
+    written = "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
+    out, err = capfd.readouterr()
+    assert KEY not in str(refused.value) + caplog.text + out + err + written + config(server).model_dump_json()
+
+
+def test_requests_keep_their_pace(serve: Any, tmp_path: Path) -> None:
+    server = serve(longer)
+    judge(config(server, calls_per_minute=1200), ROWS[:2], "ppo", "sft", tmp_path)
+    assert server.times[-1] - server.times[0] >= 3 * 0.05 - 0.02
+
+
+def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY")
+    settings = {"model": "m", "base_url": "http://127.0.0.1:1/v1", "key_variable": "JUDGE_KEY"}
+    with pytest.raises(ConfigError, match="the environment variable JUDGE_KEY holds no key for http://127"):
+        api_judge.check(ApiJudgeConfig(**settings))
+    api_judge.check(ApiJudgeConfig(**settings | {"key_variable": None}))
+    for changes, sentence in (
+        ({"max_cost": 3.0}, "max_cost needs prices"),
+        ({"base_url": "https://user:word@host/v1"}, "base_url holds a password"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            parse({"evaluate": {"api_judge": {"model": "m", **changes}}})
+    with pytest.raises(ConfigError, match=r"api_win_rate_vs_champion needs evaluate\.api_judge"):
+        parse({"promote": {"gates": {"api_win_rate_vs_champion": ">= 0.5"}}})
+
+
+def test_the_gate_reads_the_verdicts() -> None:
+    verdicts = [{"won": 1.0}, {"won": None}, {"won": 0.5}]
+    named = {"api_win_rate_vs_champion": ">= 0.7 (lower bound >= 0.5)"}
+    (result,) = gates.check(named, gates.Evidence([], None, {}, verdicts=verdicts))
+    assert (result.value, result.lower, result.passed) == (0.75, 0.5, True)
+    (unknown,) = gates.check(named, gates.Evidence([], None, {}, verdicts=[]))
+    assert not unknown.passed

@@ -7,8 +7,9 @@ that a policy with another tokenizer can be asked the same.  Every answer ends i
 is dropped and counted.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from data_prep import workers
 from data_prep.keys import messages_digest
 from data_prep.splits import PHASES, SIDES
-from data_prep.tables import MESSAGES, count_rows, iter_rows, table_writer
+from data_prep.spread import Mapper
+from data_prep.tables import MESSAGES, iter_rows, table_writer
 from data_prep.tokenizer import (
     answer_ids,
     answer_text,
@@ -64,27 +65,31 @@ class Limits(NamedTuple):
 
 
 def tokenise(
-    split_dir: Path, tokenizer_dir: str | Path, max_prompt_tokens: int, max_answer_tokens: int, out: Path
+    split_dir: Path,
+    tokenizer_dir: str | Path,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    out: Path,
+    mapped: Mapper = map,
 ) -> dict[str, dict[str, Any]]:
     """Write {phase}-{side}.arrow (`SCHEMAS`) for every {phase}-{side}.arrow of `split_dir`.
 
     max_answer_tokens counts the EOS; an SFT-only conversation may have max_prompt_tokens + max_answer_tokens.  Drops:
     prompt_too_long, answer_too_long, conversation_too_long, special_token (a text spells one out), identical (two
     answers with the same ids), duplicate (PPO's prompts and SFT's answers come once), outranked (SFT: an answer that
-    another pair rejects; of a prompt's ranked answers, only the best is learnt).  Returns {phase:
-    {side: {"rows_in", "kept", "drops", "tokens": {column: {"mean", "p50", "p90", "p99", "max", "sum"}}}}}.
-    ValueError where nothing of a file is left.
+    another pair rejects; of a prompt's ranked answers, only the best is learnt).  mapped: `map`, or another that makes
+    the ids of many rows elsewhere, where `tokenizer_dir` is there too.  Returns {phase: {side: {"rows_in", "kept",
+    "drops", "tokens": {column: {"mean", "p50", "p90", "p99", "max", "sum"}}}}}.  ValueError where nothing of a file is
+    left.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
     limits = Limits(max_prompt_tokens, max_answer_tokens)
     every = [(phase, side, f"{phase}-{side}.arrow") for phase in PHASES for side in SIDES]
     files = [(phase, side, name) for phase, side, name in every if (split_dir / name).is_file()]
     if not files:
         raise ValueError(f"The folder {split_dir} holds no split tables: run the split step first.")
-    paths = [split_dir / name for _, _, name in files]
-    calls = [(_tokenise_file, split_dir / name, phase, tokenizer, limits, out / name) for phase, _, name in files]
     metrics: dict[str, dict[str, Any]] = {}
-    for (phase, side, _), counts in zip(files, workers.each(calls, rows=map(count_rows, paths)), strict=True):
+    for phase, side, name in files:
+        counts = _tokenise_file(split_dir / name, phase, tokenizer_dir, limits, out / name, mapped)
         metrics.setdefault(phase, {})[side] = counts
         _check_left(phase, side, counts, limits)
     return metrics
@@ -100,14 +105,17 @@ def _check_left(phase: str, side: str, counts: dict[str, Any], limits: Limits) -
 
 
 def _tokenise_file(
-    path: Path, phase: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, out: Path
+    path: Path, phase: str, tokenizer_dir: str | Path, limits: Limits, out: Path, mapped: Mapper
 ) -> dict[str, Any]:
     drops: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {column: [] for column in ("prompt", *ANSWERS[phase])}
-    seen: set[bytes] = set()
-    worse = _rejected(path) if phase == "sft" else frozenset()
+    waiting: deque[list[dict[str, Any]]] = deque()
     rows_in = 0
-    with table_writer(out, SCHEMAS[phase]) as writer:
+
+    def fresh_batches() -> Iterator[tuple[str, str | Path, list[dict[str, Any]]]]:
+        nonlocal rows_in
+        seen: set[bytes] = set()
+        worse = _rejected(path) if phase == "sft" else frozenset()
         for batch in _batches(path):
             rows_in += len(batch)
             good = (
@@ -116,7 +124,12 @@ def _tokenise_file(
             drops["outranked"] += len(batch) - len(good)
             fresh = [row for row in good if not _is_repeated(phase, row, seen)]
             drops["duplicate"] += len(good) - len(fresh)
-            for row, (ids, others) in zip(fresh, _encode_batch(fresh, phase, tokenizer), strict=True):
+            waiting.append(fresh)
+            yield phase, tokenizer_dir, fresh
+
+    with table_writer(out, SCHEMAS[phase]) as writer:
+        for encoded in mapped(_encode_batch, fresh_batches()):
+            for row, (ids, others) in zip(waiting.popleft(), encoded, strict=True):
                 reason = _reason(ids, limits, whole=not row["rejected"])
                 if reason:
                     drops[reason] += 1
@@ -167,17 +180,23 @@ Ids = dict[str, list[int]]
 Spans = list[dict[str, int]]
 
 
-def _encode_batch(
-    rows: list[dict[str, Any]], phase: str, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[Ids | None, Spans]]:
+def _encode_batch(batch: tuple[str, str | Path, list[dict[str, Any]]]) -> list[tuple[Ids | None, Spans]]:
     """Token ids by column for each row, None where a text holds a special token, and the spans that are not learnt.
 
-    Equal texts are tokenised once.
+    Equal texts are tokenised once.  batch: the phase, the tokenizer's folder, and rows.
     """
+    phase, folder, rows = batch
+    tokenizer = _loaded(folder)
     texts = [_texts(row, phase, tokenizer) for row in rows]
     unique = list(dict.fromkeys(text for row in texts if row for column in row.values() for text in column))
     ids = dict(zip(unique, encode(tokenizer, unique), strict=True))
     return [_joined(row, ids) if row else (None, []) for row in texts]
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Once in each process that makes ids."""
+    return load_tokenizer(folder)
 
 
 def _joined(texts: dict[str, list[str]], ids: Mapping[str, list[int]]) -> tuple[Ids, Spans]:

@@ -1,7 +1,8 @@
 """Processes for what one interpreter would do alone: large sets are cleaned and tokenised on all cores.
 
-    result = apart(clean, spec, raw, out)                            # in a process of its own, when a core is free
-    results = each([(write, a), (write, b)], rows=[90_000, 200])     # at once, if there is enough to do
+    result = apart(clean, spec, raw, out)      # in a process of its own, when a core is free
+    with over_cores() as mapped:
+        results = mapped(function, items)      # in processes, one a core, if there is enough to do
 
 A small set stays in this process, since a fresh interpreter costs seconds. The files that are written are the same
 either way. A process ends with the one that started it, whatever ends that.
@@ -11,8 +12,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import current_process, get_context
@@ -86,25 +86,14 @@ def stopped_together() -> Iterator[None]:
         raise
 
 
-def each(calls: Sequence[tuple[Any, ...]], rows: Iterable[int]) -> list[Any]:
-    """The results of calls (function, *arguments) that read so many rows, in the order of the calls."""
-    sizes = list(rows)
-    if sum(sizes) < ROWS_WORTH_A_PROCESS:
-        return [function(*arguments) for function, *arguments in calls]
-    # The largest first: begun last, it would have one core to itself while the others have none to do.
-    order = sorted(range(len(calls)), key=lambda place: -sizes[place])
-    with ThreadPoolExecutor(cores()) as threads:
-        results = dict(zip(order, threads.map(lambda place: apart(*calls[place]), order), strict=True))
-    return [results[place] for place in range(len(calls))]
-
-
 @contextmanager
 def over_cores() -> Iterator[Mapper]:
     """A `map` whose calls are made in processes, one a core; the first few here, as they may be all there are."""
 
     def mapped(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         waiting = iter(items)
-        yield from map(function, islice(waiting, CALLS_BEFORE_PROCESSES))
+        if not pools:
+            yield from map(function, islice(waiting, CALLS_BEFORE_PROCESSES))
         following = next(waiting, None)
         if following is None or current_process().daemon:
             yield from map(function, chain([following] if following is not None else [], waiting))

@@ -75,7 +75,7 @@ def base(run: Run, key: str, refs: Refs) -> Any:
 @task(name="tokenise", task_run_name="tokenise", **STAGE)
 def tokenise(run: Run, split: StageRef, base: StageRef) -> Any:
     """Token ids of every phase and side."""
-    return make(run, "tokenise", {"split": split, "base": base}, work)
+    return make(run, "tokenise", {"split": split, "base": base}, _spread(run))
 
 
 @task(name="ptx", task_run_name="cut the unsupervised text", **STAGE)
@@ -166,8 +166,8 @@ def _split(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, map
 def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
     from data_prep import tokenise
 
-    tokenizer = inputs["base"] / "tokenizer"
-    return tokenise.tokenise(inputs["split"], tokenizer, config["max_prompt_tokens"], config["max_answer_tokens"], out)
+    limits = config["max_prompt_tokens"], config["max_answer_tokens"]
+    return tokenise.tokenise(inputs["split"], inputs["base"] / "tokenizer", *limits, out, mapped)
 
 
 def _ptx(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:

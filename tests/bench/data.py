@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from data_prep.splits import split
 from data_prep.tables import iter_rows
 from data_prep.tokenise import tokenise
 from data_prep.tokenizer import load_tokenizer
-from data_prep.workers import each, over_cores
+from data_prep.workers import apart, cores, over_cores
 
 FULL = {
     "Dahoas/rm-static": 81_000,
@@ -103,18 +104,21 @@ def prepare(root: Path, tokenizer: Path) -> tuple[list[tuple[str, float, int]], 
         lambda: [download(specs[name], str(root / "hub"), raw[name]) for name in SOURCES],
         lambda made: sum(sum(one["rows"].values()) for one in made),
     )
-    timed(
-        "clean",
-        lambda: each([(clean, specs[name], raw[name], cleaned[name]) for name in FULL], FULL.values()),
-        lambda made: sum(one["total"]["rows_in"] for one in made),
-    )
+    largest_first = sorted(FULL, key=lambda name: -FULL[name])
+    with ThreadPoolExecutor(cores()) as threads:
+        timed(
+            "clean",
+            lambda: list(threads.map(lambda name: apart(clean, specs[name], raw[name], cleaned[name]), largest_first)),
+            lambda made: sum(one["total"]["rows_in"] for one in made),
+        )
     kept = sum(one["total"]["kept"] for one in metrics["clean"])
     with over_cores() as mapped:
         timed("blend", lambda: blend(cleaned, {}, 0, _made(root / "blend"), mapped), lambda made: kept)
         rows = metrics["blend"]["train"] + metrics["blend"]["test"]
-        ledger, out = root / "ledger.parquet", _made(root / "split")
-        timed("split", lambda: split(root / "blend", PHASES, EVAL_FRACTION, 0, out, ledger, mapped), lambda made: rows)
-    timed("tokenise", lambda: tokenise(root / "split", tokenizer, *LIMITS, _made(root / "tokens")), lambda made: rows)
+        settings = PHASES, EVAL_FRACTION, 0, _made(root / "split"), root / "ledger.parquet"
+        timed("split", lambda: split(root / "blend", *settings, mapped), lambda made: rows)
+        out = _made(root / "tokens")
+        timed("tokenise", lambda: tokenise(root / "split", tokenizer, *LIMITS, out, mapped), lambda made: rows)
     return lines, metrics
 
 

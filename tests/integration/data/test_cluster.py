@@ -62,7 +62,7 @@ def prepared(workspace: Path, hub: Path, cluster: str | None) -> dict[str, Stage
     config = parse({"name": "t", "workspace": str(workspace), "data": data, "models": {"policy": {}}})
     store = tracking.open_store(dag.workspace(config))
     run_id = tracking.start_run(store, config, {}, "test")
-    return preparation(config)(config, Choice(until="split"), run_id)
+    return preparation(config)(config, Choice(until="tokenise"), run_id)
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_the_same_rows_and_fingerprints_as_in_this_process(prefect: Any, cluster
     write_hub(tmp_path / "hub", seed=0, pairs=1500)
     here = prepared(tmp_path / "here", tmp_path / "hub", None)
     there = prepared(tmp_path / "there", tmp_path / "hub", cluster)
-    assert len(here) == 2 * 6 + 2
+    assert len(here) == 2 * 6 + 4
     for key, ref in here.items():
         other = there[key]
         assert (other.fingerprint, other.digest, other.cached) == (ref.fingerprint, ref.digest, False), key

@@ -250,7 +250,7 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
         create_table_artifact(evaluation_report.win_rates(outcome.refs), key="win-rates", description=said)
         by_source = evaluation_report.per_source(outcome.refs)
         create_table_artifact(by_source, key="win-rates-by-source", description="Win rates per source")
-    trained = {key: outcome.refs[key] for key in ("sft", "reward", "ppo") if key in outcome.refs}
+    trained = {key: outcome.refs[key] for key in report.DRAWN if key in outcome.refs}
     if not all(ref.cached for ref in trained.values()):  # else an earlier run has the same picture
         picture = figures.curves({key: ref.directory for key, ref in trained.items()})
         if picture:

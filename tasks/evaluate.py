@@ -27,16 +27,19 @@ from data_prep.splits import EVAL_KEYS
 from data_prep.tables import iter_rows, read_table
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids, same_tokens
 from data_prep.trained import trained_on
-from tasks.compared import SCORERS, comparison, measured
+from tasks.compared import PROXY, SCORERS, comparison, measured
 from tasks.config import EvaluateConfig
 from tasks.diversity import repetition
 from tasks.training.batches import at, chunks, left_padded, right_padded
 from tasks.training.job import Job
 from tasks.training.models import DTYPES, Policy, ScalarModel, load_policy, load_scalar
 from tasks.training.rollout import generate
+from tasks.training.samples import SAMPLES
 from tasks.training.types import Rollout
 
 ANSWERS = "answers.jsonl"
+POOLS = "pools.jsonl"
+"""Pools of PPO, a row each: the mean KL of its answers and their mean score by each scorer."""
 TEXTS = "texts.jsonl"
 """The loss of each chunk of unsupervised text, a column per model; empty where the run has none."""
 
@@ -73,6 +76,8 @@ def run(job: Job) -> dict[str, Any]:
         rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
     write_rows(job.directory / ANSWERS, rows)
     write_rows(job.directory / TEXTS, texts)
+    if job.stage == "evaluate":
+        write_rows(job.directory / POOLS, along_ppo(job, config, panel))
     found = comparison(rows, *pair) | measured(rows, pair[0]) | measured(rows, pair[1])
     return found | (against_last(rows) if "ema" in names else {}) | perplexities(texts)
 
@@ -208,6 +213,31 @@ def against_last(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How the moving average of the policy's weights does against its last weights."""
     found = {f"ema_{name}": value for name, value in comparison(rows, "ema", "ppo").items() if name != "prompts"}
     return found | measured(rows, "ema")
+
+
+@torch.no_grad()
+def along_ppo(job: Job, config: EvaluateConfig, panel: Panel) -> list[dict[str, float]]:
+    """What the scorers say of the answers that PPO kept on its way, pool by pool; the axis of its course is the KL.
+
+    The reward model's scores are those that PPO itself went by; what it was not to see scores the answers now.
+    """
+    path = job.inputs["ppo"].parent / SAMPLES
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    later = {role: model for role, model in panel.scorers.items() if role != PROXY}
+    for part in chunks(kept, config.batch_size):
+        whole = right_padded([row["prompt"] + row["answer"] for row in part], panel.tokenizer.pad_token_id, job.device)
+        last = whole.attention_mask.sum(1) - 1
+        for role, model in later.items():
+            for row, score in zip(part, (at(model(whole), last) - model.score_mean).tolist(), strict=True):
+                row[role] = score
+    pools: dict[int, list[dict[str, Any]]] = {}
+    for row in kept:
+        pools.setdefault(row["step"], []).append(row)
+    means = ("kl", PROXY, *later)
+    return [
+        {"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in means}}
+        for step, rows in pools.items()
+    ]
 
 
 def held_out_text(job: Job, count: int) -> list[list[int]]:

@@ -63,11 +63,21 @@ def curves(directories: Mapping[str, Path]) -> bytes | None:
     """The curves of the stages as a PNG; None where no stage has any.
 
     Args:
-        directories: sft, reward, ppo -> stage directory, as far as the run went.
+        directories: sft, reward, ppo, evaluate -> stage directory, as far as the run went.
     """
     rows = {stage: read_rows(directory) for stage, directory in directories.items()}
     panels = [panel for panel in PANELS if series(rows.get(panel.stage, []), panel.metric)[0]]
-    return _draw(panels, rows) if panels else None
+    pools = read_pools(directories["evaluate"]) if "evaluate" in directories else []
+    return _draw(panels, rows, pools) if panels else None
+
+
+def read_pools(directory: Path) -> list[dict[str, float]]:
+    """What `evaluate` found along PPO's way, a row per pool; nothing where no gold reward model scored it."""
+    try:
+        lines = (directory / "pools.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    return [row for row in map(json.loads, lines) if "gold" in row]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -86,17 +96,20 @@ def series(rows: Rows, metric: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _draw(panels: Sequence[Panel], rows: Mapping[str, Rows]) -> bytes:
+def _draw(panels: Sequence[Panel], rows: Mapping[str, Rows], pools: Rows) -> bytes:
     # The classes instead of pyplot: no global state, and the flow may draw from any thread.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = next((n for n in (3, 4) if len(panels) % n == 0), min(3, len(panels)))
-    lines = -(-len(panels) // columns)
+    count = len(panels) + bool(pools)
+    columns = next((n for n in (3, 4) if count % n == 0), min(3, count))
+    lines = -(-count // columns)
     figure = Figure(figsize=(12.4, 2.75 * lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for number, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(lines, columns, number + 1), panel, rows[panel.stage])
+    if pools:
+        _draw_over_kl(figure.add_subplot(lines, columns, count), pools)
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="white")
     return file.getvalue()
@@ -120,6 +133,18 @@ def _draw_panel(axes: Any, panel: Panel, rows: Rows) -> None:
     if panel.band or measured:
         axes.legend(fontsize=8, frameon=False)
     plain(axes, panel.title, "rollout" if panel.stage == "ppo" else "optimizer step", panel.unit)
+
+
+def _draw_over_kl(axes: Any, pools: Rows) -> None:
+    """Both reward models over the KL that PPO went through (as in Gao, Schulman & Hilton 2023)."""
+    ordered = sorted(pools, key=lambda pool: pool["kl"])
+    kl = [pool["kl"] for pool in ordered]
+    for scorer, label, colour in (("reward", "reward model", LINE), ("gold", "gold reward model", GUIDE)):
+        scores = [pool[scorer] for pool in ordered]
+        axes.plot(kl, scores, "o", color=colour, markersize=3, alpha=0.5)
+        axes.plot(smoothed(kl), smoothed(scores), color=colour, linewidth=1.8, label=label)
+    axes.legend(fontsize=8, frameon=False)
+    plain(axes, "PPO: both rewards over KL", "KL to the SFT model, nats per answer", "score")
 
 
 def plain(axes: Any, title: str, below: str, left: str) -> None:

@@ -16,6 +16,7 @@ from tasks.gates import GateResult
 from tasks.stages import StageRef, read_manifest
 
 SAMPLES = 8
+DRAWN = ("sft", "reward", "ppo", "evaluate")
 REWARD_MODELS = {"Reward model": "reward", "Gold reward model": "gold"}
 """What it is called -> its stage."""
 
@@ -68,7 +69,7 @@ def write(path: Path, run: RunSummary) -> Path:
 def render(run: RunSummary) -> str:
     """The report as HTML."""
     refs = run.refs
-    image = figures.curves({key: refs[key].directory for key in ("sft", "reward", "ppo") if key in refs})
+    image = figures.curves({key: refs[key].directory for key in DRAWN if key in refs})
     return page.render(
         "run.html",
         run=run,

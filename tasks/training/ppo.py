@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.tables import read_table
 from data_prep.tokenizer import load_tokenizer, same_tokens
 from tasks.config import LimitsConfig, PPOConfig
-from tasks.training import checkpoint
+from tasks.training import checkpoint, samples
 from tasks.training.advantages import Moments
 from tasks.training.batches import batch_indices, check_batch, chunks, right_padded
 from tasks.training.ema import Ema
@@ -102,6 +102,7 @@ def run(job: Job) -> dict[str, Any]:
     if resumed := checkpoint.load(job.checkpoints, trained):
         begin = resumed[0]
         state = take_up(resumed[1], ema)
+    samples.cut_back(job.directory, begin)
     kept: dict[str, Any] = {}
     for step in range(begin, config.steps):
         metrics = train_on_pool(job, config, networks, ema, data, state, step)
@@ -236,6 +237,8 @@ def make_pool(
         rollout = sample(job, config, networks, [data.prompts[row]["prompt"] for row in rows], number)
         generated = time.perf_counter()
         scored = score(config, networks, rollout)
+        if number == step * config.generation_batches and samples.is_kept(step, config.steps):
+            samples.keep(job.directory, step, scored)
         if config.normalise_rewards:
             state.moments = state.moments.with_scores(scored.scores, all_sum)
         moments = state.moments if config.normalise_rewards else None

@@ -14,6 +14,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -183,7 +184,16 @@ def whole_steps(
         pad=1,
         slots=slots(policy.model, min(prompts, 256), size.prompt, size.answer),
     )
-    stage = Job("ppo", Path(), {"seed": 0, "max_answer_tokens": size.answer}, {}, device, _ignore, _ignore, _never)
+    stage = Job(
+        "ppo",
+        Path(tempfile.mkdtemp()),
+        {"seed": 0, "max_answer_tokens": size.answer},
+        {},
+        device,
+        _ignore,
+        _ignore,
+        _never,
+    )
     data: Any = ppo.Data(
         [{"prompt": ids} for ids in prompts_of(size, prompts)],  # type: ignore[arg-type]
         [{"tokens": ids * 2} for ids in prompts_of(size, size.batch)] if extras else None,  # type: ignore[arg-type]

@@ -132,6 +132,7 @@ def test_a_killed_ppo_ends_with_the_same_weights(
     reports = [json.loads((folder / "records" / "report.json").read_text()) for folder in (whole, parts)]
     for name in ("reward", "kl", "entropy", "eos_rate"):
         assert reports[0][name] == reports[1][name]
+    assert (whole / "samples.jsonl").read_text() == (parts / "samples.jsonl").read_text()
     for model in ("model", "ema", "critic"):
         undisturbed, resumed = (load_file(folder / model / "model.safetensors") for folder in (whole, parts))
         assert undisturbed.keys() == resumed.keys()

@@ -124,6 +124,21 @@ def test_the_gold_reward_model_scores_the_same_answers(tmp_path, data, ours, oth
     assert {"gold_win_rate", "win_rate_gap", "champion_gold"} <= set(found)
 
 
+def test_the_gold_model_scores_what_ppo_kept_on_its_way(tmp_path, data, ours):
+    ppo = copytree(ours["policy"], tmp_path / "ppo" / "model")
+    kept = [(1, [5, 6], [7, 8], 1.0, 0.5), (1, [9], [10, 11], 3.0, 1.5), (4, [12, 13, 14], [15], -1.0, 8.0)]
+    names = ("step", "prompt", "answer", "reward", "kl")
+    rows = [dict(zip(names, row, strict=True)) for row in kept]
+    (tmp_path / "ppo" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, sft=ours["policy"], ppo=ppo, gold=ours["reward"]))
+    pools = [json.loads(line) for line in (tmp_path / "evaluate" / evaluate.POOLS).read_text().splitlines()]
+    assert [(pool["step"], pool["kl"], pool["reward"]) for pool in pools] == [(1, 1.0, 2.0), (4, 8.0, -1.0)]
+    model = LlamaForSequenceClassification.from_pretrained(ours["reward"]).eval()
+    with torch.no_grad():
+        gold = [float(model(torch.tensor([row["prompt"] + row["answer"]])).logits[0, 0]) for row in rows]
+    assert [pool["gold"] for pool in pools] == pytest.approx([(gold[0] + gold[1]) / 2, gold[2]], abs=1e-5)
+
+
 def test_perplexity_is_that_of_the_language_model(tmp_path, data, ours):
     model = LlamaForCausalLM.from_pretrained(ours["policy"]).eval()
     text = [list(range(5, 13)), list(range(20, 28)), list(range(40, 48))]

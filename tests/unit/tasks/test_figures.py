@@ -58,3 +58,17 @@ def test_smoothing_keeps_a_line_and_calms_noise():
     assert max(abs(value) for value in figures.smoothed(noisy)[10:]) < 0.2
     assert figures.smoothed([3.0]) == [3.0]
     assert figures.smoothed([]) == []
+
+
+def test_both_rewards_are_drawn_over_kl_where_a_gold_model_scored(tmp_path):
+    sft = stage(tmp_path / "sft", [{"step": 1, "sft/loss": 1.0}])
+    pools = [{"step": n, "kl": n / 2, "reward": float(n), "gold": 3 - n / 4} for n in range(6)]
+    (tmp_path / "evaluate").mkdir()
+    path = tmp_path / "evaluate" / "pools.jsonl"
+    path.write_text("".join(json.dumps(pool) + "\n" for pool in pools))
+    assert figures.read_pools(path.parent) == pools
+    with_pools = figures.curves({"sft": sft, "evaluate": path.parent})
+    assert pixels(with_pools).tobytes() != pixels(figures.curves({"sft": sft})).tobytes()
+    path.write_text(json.dumps({"step": 1, "kl": 0.5, "reward": 1.0}) + "\n")
+    assert figures.read_pools(path.parent) == []
+    assert figures.read_pools(tmp_path / "none") == []

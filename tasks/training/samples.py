@@ -1,0 +1,56 @@
+"""Answers that PPO keeps along its way, so that what it must not see, the gold reward model, can score them later.
+
+`samples.jsonl`: of about 20 pools from the first to the last, up to 64 answers of the first rank, each with its tokens,
+the reward model's score and its KL to the reference.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tasks.training.ranks import rank
+
+if TYPE_CHECKING:  # evaluation reads the file, and shall not wait for DeepSpeed
+    from tasks.training.experience import Scored
+
+SAMPLES = "samples.jsonl"
+POOLS = 20
+ANSWERS = 64
+
+
+def is_kept(step: int, steps: int) -> bool:
+    """Whether a pool's answers are kept; `step` counts from 0."""
+    return step % max(1, steps // POOLS) == 0 or step == steps - 1
+
+
+def keep(directory: Path, step: int, scored: "Scored") -> None:
+    """Append the answers of a rollout, if this is the first rank."""
+    if rank() != 0:
+        return
+    sequences, mask = scored.rollout.sequences, scored.rollout.answer_mask
+    start = sequences.input_ids.shape[1] - mask.shape[1]
+    kl = torch.where(mask, scored.logprobs - scored.reference, 0.0).sum(1).tolist()
+    with (directory / SAMPLES).open("a", encoding="utf-8") as file:
+        for place, score in enumerate(scored.scores[:ANSWERS].tolist()):
+            prompt = sequences.input_ids[place, :start][sequences.attention_mask[place, :start]].tolist()
+            answer = sequences.input_ids[place, start:][mask[place]].tolist()
+            row = {"step": step + 1, "prompt": prompt, "answer": answer, "reward": score, "kl": kl[place]}
+            file.write(json.dumps(row) + "\n")
+
+
+def cut_back(directory: Path, step: int) -> None:
+    """Drop the answers of pools after `step`, which a resumed run makes again."""
+    path = directory / SAMPLES
+    if rank() != 0 or not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")  # cut short by a kill

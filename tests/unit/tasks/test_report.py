@@ -144,7 +144,7 @@ def test_figures_of_the_run_are_there(summary):
     for expected in (
         "New champion",
         "75.0 % 56.0 to 94.0, 20 held-out prompts",
-        "PPO against SFT 75.0 % [56.0, 94.0] 70.0 % [50.0, 90.0] 20",
+        "PPO against SFT By the reward model 75.0 % [56.0, 94.0] At equal length 70.0 % [50.0, 90.0] Prompts 20",
         "No gold reward model judged: data.phases has no share for the judge",
         "+1.50 std -0.50 → 1.00",
         "+2.00 std 0.25 → 0.75",
@@ -187,7 +187,8 @@ def test_the_gold_reward_model_stands_beside_the_other_and_hacking_is_said(summa
     text = " ".join(page_.text.split())
     for expected in (
         "The same by the gold reward model 50.0 % 25.0 to 75.0",
-        "75.0 % [56.0, 94.0] 50.0 % [25.0, 75.0] +25.0 [+5.0, +45.0] 70.0 % [50.0, 90.0] 40.0 % [20.0, 60.0] 20",
+        "By the gold reward model 50.0 % [25.0, 75.0] Gap +25.0 [+5.0, +45.0] At equal length 70.0 % [50.0, 90.0]",
+        "Gold, at equal length 40.0 % [20.0, 60.0] Prompts 20",
         "PPO gained +1.50 and +0.25 standard deviations of SFT's answers by the reward model and by the gold one",
         "a part of what it gained is the reward model's errors",
         "PPO against SFT own 75.0 % [50.0, 100.0] 20",

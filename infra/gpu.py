@@ -31,7 +31,15 @@ class GpuInfrastructure(Block):
         default="torchrun",
         description="What starts the processes of a step: torchrun or deepspeed on this machine, or slurm (srun).",
     )
-    nodes: int = Field(default=1, ge=1, description="Machines per step; more than one with slurm.")
+    nodes: int = Field(default=1, ge=1, description="Machines per step; more than one with slurm or hosts.")
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="With torchrun and several nodes: their addresses, which all of them reach. The project and the "
+        "workspace lie at the same paths on all; GPUs of other machines are not leased.",
+    )
+    remote_shell: str = Field(
+        default="ssh -o BatchMode=yes", description="What runs a command line on a host, without asking for a password."
+    )
     device: Literal["cpu", "cuda"] = Field(default="cuda", description="What the processes compute on.")
     gpus_per_node: int = Field(default=0, ge=0, description="GPUs per machine, with one process each; 0 on a CPU.")
     processes_per_node: int | None = Field(
@@ -65,10 +73,15 @@ class GpuInfrastructure(Block):
 
     @model_validator(mode="after")
     def _launcher_fits(self) -> Self:
-        if self.launcher != "slurm" and self.nodes > 1:
+        if self.launcher == "deepspeed" and self.nodes > 1:
+            raise ValueError("launcher deepspeed starts the processes of one machine: use torchrun or slurm.")
+        if self.launcher == "torchrun" and len(self.hosts) != (self.nodes if self.nodes > 1 else 0):
             raise ValueError(
-                f"launcher {self.launcher} starts the processes of one machine: use slurm, or set nodes to 1."
+                f"nodes is {self.nodes} and hosts names {len(self.hosts)}: torchrun on several machines needs the "
+                "address of each; leave hosts empty for one."
             )
+        if self.launcher != "torchrun" and self.hosts:
+            raise ValueError("hosts are named but the launcher is not torchrun: choose it, or remove them.")
         if self.launcher != "slurm" and self.slurm_options:
             raise ValueError("slurm_options are set but the launcher is not slurm: choose it, or remove them.")
         if self.launcher == "slurm" and self.gpu_indices is not None:
@@ -104,9 +117,11 @@ class GpuInfrastructure(Block):
             launcher=self.launcher,
             nodes=self.nodes,
             processes=self.processes,
-            gpus=self._gpus() if self.device == "cuda" and self.launcher != "slurm" else (),
+            gpus=self._gpus() if self.device == "cuda" and self.launcher != "slurm" and not self.hosts else (),
             env={"OMP_NUM_THREADS": str(threads), **self._device_env(), **self.env, **self._secrets()},
             options=tuple(self.slurm_options),
+            hosts=tuple(self.hosts),
+            remote_shell=self.remote_shell,
             grace_seconds=self.grace_seconds,
             stall_seconds=60 * self.stall_minutes if self.stall_minutes else math.inf,
         )

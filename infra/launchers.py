@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from infra.hosts import FORWARD
 from infra.machine import free_port
 
 Launcher = Literal["torchrun", "deepspeed", "slurm"]
@@ -30,6 +31,10 @@ class Launch:
     env: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     """Of srun, such as --partition=gpu."""
+    hosts: tuple[str, ...] = ()
+    """The machines of torchrun, if there are several: addresses that all of them reach, the first one's first."""
+    remote_shell: str = "ssh -o BatchMode=yes"
+    """What runs a command line on a host: it is given the host and the line."""
     grace_seconds: float = 20.0
     """Prefect's worker kills the flow 30 s after it asked it to end."""
 
@@ -55,6 +60,13 @@ def command(launch: Launch, module: str, arguments: Sequence[str], *, hostfile: 
     rank = ["infra.rank", module, *arguments]
     if launch.launcher == "slurm":
         return [sys.executable, "-m", "infra.slurm", *_srun(launch), sys.executable, "-m", *rank]
+    if launch.hosts:
+        return [
+            *[sys.executable, "-m", "infra.hosts", "--shell", launch.remote_shell, "--hosts", ",".join(launch.hosts)],
+            *["--", sys.executable, "-m", "torch.distributed.run", f"--nnodes={launch.nodes}", "--node_rank={node}"],
+            *[f"--nproc_per_node={launch.processes}", f"--master_addr={launch.hosts[0]}"],
+            *[f"--master_port={free_port()}", "-m", *rank],
+        ]
     if launch.processes == 1:
         return [sys.executable, "-m", *rank]  # a launcher would only add the seconds that importing torch takes
     if launch.launcher == "deepspeed":
@@ -88,7 +100,9 @@ def environment(launch: Launch, gpus: Sequence[str] = ()) -> dict[str, str]:
         return {"MASTER_PORT": str(free_port()), **shared}
     if "CUDA_VISIBLE_DEVICES" in shared:
         shared[VISIBLE] = shared["CUDA_VISIBLE_DEVICES"]
-    if launch.processes > 1:
+    if launch.hosts:
+        shared[FORWARD] = ",".join(shared)
+    if launch.world_size > 1:
         # torchrun kills its ranks this long after SIGTERM: the supervisor shall be the one that decides.
         return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(launch.grace_seconds) + 5), **shared}
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

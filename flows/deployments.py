@@ -15,7 +15,8 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,12 @@ from pydantic import ValidationError
 
 from flows import automations
 from flows.retrain import retrain
+from infra.owned import OwnedProcess
 from tasks.config import ConfigError, RunConfig
 from tasks.stages import REPO
+
+GRACE_SECONDS = 28.0
+"""Of a served run: for its checkpoint (20 s) and for what Prefect does after it."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +120,40 @@ def deploy(request: Request) -> UUID:
 
 def serve(request: Request) -> None:
     """Start the runs of the deployment in processes of this one until it is stopped."""
+    start_runs(
+        deployment(request),
+        lambda client, known: _renew_automations(client, known, request, _notified(client, request)),
+    )
+
+
+def start_runs(made: RunnerDeployment, renew: Callable[[SyncPrefectClient, UUID], None]) -> None:
+    """Start the runs of a deployment until this process is stopped, once its automations are renewed."""
     from prefect.runner import Runner
 
-    runner = Runner(name=request.name, pause_on_shutdown=False, limit=1)
-    known = runner.add_deployment(deployment(request))
+    runner = Runner(name=made.name, pause_on_shutdown=False, limit=1)
+    known = runner.add_deployment(made)
     assert isinstance(known, UUID)
     with get_client(sync_client=True) as client:
-        _renew_automations(client, known, request, _notified(client, request))
+        renew(client, known)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a stop it shows the tracebacks of open connections
     with suppress(asyncio.CancelledError, KeyboardInterrupt):  # how a stop ends it
         asyncio.run(runner.start())
+
+
+def serve_supervised(command: list[str], api_url: str, name: str) -> int:
+    """Run a command that serves a deployment until it ends, and return its exit code.
+
+    An exception here, such as that of a Ctrl-C, stops it: a run writes its checkpoint, and no process is left.
+    """
+    env = {"PREFECT_API_URL": api_url, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(automations.HEARTBEAT_SECONDS)}
+    runner = OwnedProcess(command, env=env, output=sys.stdout.fileno(), grace_seconds=GRACE_SECONDS)
+    try:
+        while runner.exit_code is None:
+            time.sleep(0.5)
+    finally:
+        code = runner.stop()
+        tell_stopped(api_url, name)
+    return code
 
 
 def tell_stopped(api_url: str, name: str) -> None:

@@ -19,6 +19,7 @@ from prefect.states import Completed
 
 from flows.prepare import preparation
 from flows.promotion import promotion
+from infra.witness import witnessed
 from tasks import (
     api_judge,
     dag,
@@ -118,7 +119,7 @@ def retrain(
     run_id = tracking.start_run(store, config, origin, name)
     outcome = Outcome()
     try:
-        with tags(config.name), prune.in_use(dag.workspace(config)):
+        with witnessed(), tags(config.name), prune.in_use(dag.workspace(config)):
             run = open_run(config, choice, run_id)
             for _ in _steps(run, outcome):
                 if choice.is_reached(run.graph, outcome.refs):

@@ -19,7 +19,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
@@ -41,8 +41,8 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
-def descendants(root: int) -> list[int]:
-    """The live processes below `root`; zombies are left out."""
+def descendants(root: int, spare: Callable[[int], bool] = lambda pid: False) -> list[int]:
+    """The live processes below `root`; zombies are left out, and so is what stands below a process to `spare`."""
     children: dict[int, list[tuple[int, str]]] = {}
     for pid, parent, state in _processes():
         children.setdefault(parent, []).append((pid, state))
@@ -51,7 +51,9 @@ def descendants(root: int) -> list[int]:
     while queue:
         below = children.get(queue.pop(), [])
         found += [pid for pid, state in below if state not in "ZX"]
-        queue += [pid for pid, _ in below]  # a zombie leader may still have live threads with children of their own
+        queue += [
+            pid for pid, _ in below if not spare(pid)
+        ]  # a zombie leader may still have live threads with children of their own
     return found
 
 
@@ -64,6 +66,15 @@ def _processes() -> Iterator[tuple[int, int, str]]:
             except OSError:
                 continue  # it ended between the listing and the read
             yield int(name), int(parent), state.decode()
+
+
+def is_supervisor(pid: int) -> bool:
+    """Whether a process runs this very file."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return os.fsencode(os.path.abspath(__file__)) in file.read().split(b"\0")[:5]
+    except OSError:
+        return False
 
 
 def send(pid: int, number: int) -> None:
@@ -127,7 +138,9 @@ class Supervisor:
         if self.deadline is None:
             self.deadline = time.monotonic() + min(self.grace, LEFT_BEHIND_SECONDS)
         told: set[int] = set()
-        while not self._late() and (alive := descendants(os.getpid())):
+        # What another supervisor is over hears of the stop from that one: a second SIGTERM has torchrun kill its ranks
+        # in the middle of their checkpoints.
+        while not self._late() and (alive := descendants(os.getpid(), is_supervisor)):
             for pid in alive:
                 if pid not in told:
                     send(pid, signal.SIGTERM)

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -40,8 +39,6 @@ Notify = Annotated[
         "slack-webhook/team; may be given several times.",
     ),
 ]
-GRACE_SECONDS = 28.0
-"""For the checkpoint of a run (20 s) and for what Prefect does after it."""
 
 
 def deploy(
@@ -103,24 +100,17 @@ def serve(
     from pathlib import Path
 
     from flows import deployments, local
-    from infra.owned import OwnedProcess
 
     say = console.console.print
     with local.terminated_in_order(), local.ui_servers(Path(str(request.config["workspace"])), None, None) as addresses:
-        env = {"PREFECT_API_URL": f"{addresses['Prefect']}/api", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
-        deployments.check_notified(env["PREFECT_API_URL"], request)
+        api_url = f"{addresses['Prefect']}/api"
+        deployments.check_notified(api_url, request)
         command = [sys.executable, "-m", "flows.deployments", json.dumps(asdict(request))]
-        runner = OwnedProcess(command, env=env, output=sys.stdout.fileno(), grace_seconds=GRACE_SECONDS)
-        try:
-            for title, address in addresses.items():
-                say(f"{title}: {address}", soft_wrap=True)
-            _say_notified(request)
-            say(f"Serving retrain/{name}{_when(request)}. [dim]Ctrl-C ends it; a run stops at a checkpoint.[/]")
-            while runner.exit_code is None:
-                time.sleep(0.5)
-        finally:
-            code = runner.stop()
-            deployments.tell_stopped(env["PREFECT_API_URL"], name)
+        for title, address in addresses.items():
+            say(f"{title}: {address}", soft_wrap=True)
+        _say_notified(request)
+        say(f"Serving retrain/{name}{_when(request)}. [dim]Ctrl-C ends it; a run stops at a checkpoint.[/]")
+        code = deployments.serve_supervised(command, api_url, name)
     raise ValueError(f"Prefect's runner ended with exit code {code}; what it said stands above")
 
 

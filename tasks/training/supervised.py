@@ -152,7 +152,7 @@ def _step(
     mean = float(all_sum(torch.stack(losses).sum()) / all_sum(weight))
     if not math.isfinite(mean):
         raise NotFiniteError(
-            f"the loss of {job.stage} became {mean} ; lower {job.stage}.optimizer.learning_rate, "
+            f"the loss of {job.stage} became {mean}; lower {job.stage}.optimizer.learning_rate, "
             "or use precision bf16 or fp32"
         )
     return {

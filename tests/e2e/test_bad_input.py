@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tasks.base import PAD, train_tokenizer
+from tests.api import ask
 from tests.tiny import tiny_llama_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -83,3 +84,15 @@ def test_pad_that_is_eos_gets_a_token_of_its_own(
     tokenizer, trained = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert before.pad_token == before.eos_token == tokenizer.eos_token != tokenizer.pad_token
     assert trained.config.vocab_size == len(tokenizer) == len(before) + 1
+
+
+def test_a_training_that_diverges_is_not_tried_again(
+    rlhf: Callable[..., Any], tmp_path: Path, prefect_api: str
+) -> None:
+    options = (f"workspace={tmp_path / 'workspace'}", "sft.optimizer.learning_rate=1e30", "sft.max_steps=8")
+    ended = rlhf("run", *(word for option in options for word in ("--set", option)), api=prefect_api).end()
+    assert ended.code == 1, ended.output
+    assert "lower sft.optimizer.learning_rate" in " ".join(ended.output.split())
+    assert ended.left == []
+    tries = ask(prefect_api, "task_runs/filter", task_runs={"name": {"like_": "SFT"}}, sort="EXPECTED_START_TIME_DESC")
+    assert tries[0]["run_count"] == 1

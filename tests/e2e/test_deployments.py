@@ -5,7 +5,6 @@ import os
 import signal
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,41 +12,15 @@ from typing import Any
 import pytest
 
 from infra.owned import processes_with
+from tests.api import ask, run_of, start, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS_TO_CLEAR = 30
 
 
-def ask(api: str, path: str, **body: Any) -> Any:
-    """An answer of Prefect's API to a POST; asks again while the server's SQLite is busy (503)."""
-    request = urllib.request.Request(f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for _ in range(5):
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            if error.code != 503:
-                raise
-            time.sleep(2)
-    raise AssertionError(f"{path}: the server stays busy")
-
-
-def run_of(api: str, run_id: str) -> dict[str, Any]:
-    (run,) = ask(api, "flow_runs/filter", flow_runs={"id": {"any_": [run_id]}})
-    return run
-
-
-def start(api: str, name: str, **parameters: Any) -> str:
-    """Asks for a run of a deployment, as the button of its page does."""
-    (deployment,) = ask(api, "deployments/filter", deployments={"name": {"any_": [name]}})
-    asked = {"type": "SCHEDULED"}
-    return ask(api, f"deployments/{deployment['id']}/create_flow_run", state=asked, parameters=parameters)["id"]
-
-
-def states(api: str, run_id: str) -> list[str]:
-    """The names of the states that a run has had, in order."""
-    with urllib.request.urlopen(f"{api}/flow_run_states/?flow_run_id={run_id}", timeout=30) as answer:
-        return [state["name"] for state in json.load(answer)]
+def names(api: str, run_id: str) -> list[str]:
+    """Of the states that a run has had, in order."""
+    return [state["name"] for state in states(api, run_id)]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +39,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(served: Any, folder: Path, pre
     os.kill(flow, signal.SIGKILL)
     served.wait_for(lambda: run_of(prefect_api, run_id)["state_type"] == "COMPLETED", 400)
     assert run_of(prefect_api, run_id)["run_count"] == 2
-    ended = [name for name in states(prefect_api, run_id) if name in ("Crashed", "Rescheduled", "Completed")]
+    ended = [name for name in names(prefect_api, run_id) if name in ("Crashed", "Rescheduled", "Completed")]
     assert ended == ["Crashed", "Rescheduled", "Completed"]
     (directory,) = (folder / "workspace" / "ppo").glob("*/manifest.json")
     rows = (directory.parent / "records" / "metrics.jsonl").read_text().splitlines()
@@ -98,4 +71,4 @@ def test_a_stop_leaves_a_checkpoint_and_no_process(served: Any, folder: Path, pr
     assert ended.left == []
     assert "Traceback" not in ended.output
     assert list((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json"))
-    assert states(prefect_api, run_id)[-2:] == ["Crashed", "Rescheduled"]  # it goes on at the next `rlhf serve`
+    assert names(prefect_api, run_id)[-2:] == ["Crashed", "Rescheduled"]  # it goes on at the next `rlhf serve`

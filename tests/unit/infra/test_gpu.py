@@ -23,9 +23,9 @@ def test_shipped_names_need_no_server(monkeypatch: pytest.MonkeyPatch, name: str
 
 
 def test_every_shipped_block_is_valid() -> None:
-    assert {name: GpuInfrastructure(**fields).launcher for name, fields in SHIPPED.items()} == dict.fromkeys(
-        ["local-cpu", "local-cpu-2", "one-gpu", "one-node"], "torchrun"
-    )
+    launchers = {name: GpuInfrastructure(**fields).launcher for name, fields in SHIPPED.items()}
+    of_one_machine = dict.fromkeys(["local-cpu", "local-cpu-2", "one-gpu", "one-node"], "torchrun")
+    assert launchers == {**of_one_machine, "two-nodes": "slurm"}
 
 
 @pytest.mark.parametrize(("name", "hint"), [("one-gpus", "did you mean 'one-gpu'"), ("xyz", "local-cpu, local-cpu-2")])

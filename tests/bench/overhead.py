@@ -182,7 +182,7 @@ def _children() -> float:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*MEASURES, []], default=list(MEASURES))
+    parser.add_argument("cases", nargs="*", choices=[*MEASURES, []], default=[])
     parser.add_argument("--config", type=Path, default=ROOT / "infra" / "runs" / "demo.yaml")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--record", action="store_true", help="append to tests/bench/results/overhead.jsonl")

@@ -1,6 +1,7 @@
 """What Prefect's server does by itself for a deployment of `retrain`, as its automations.
 
 - A run whose heartbeats stop has crashed, and one that crashed is scheduled again, as the same run.
+- A run that waits for approval goes on, undecided, when its time is over.
 - A set that changes, and a champion that falls below a gate, start a run.
 - A failure, a run that waits for approval, and a champion that changes are told to the notification blocks.
 
@@ -15,12 +16,12 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import BlockDocument, StateType
 from prefect.events import EventTrigger
-from prefect.events.actions import ChangeFlowRunState, RunDeployment, SendNotification
-from prefect.events.schemas.automations import AutomationCore, Posture
+from prefect.events.actions import ChangeFlowRunState, ResumeFlowRun, RunDeployment, SendNotification
+from prefect.events.schemas.automations import Automation, AutomationCore, Posture
 from prefect.exceptions import ObjectNotFound
 
 from tasks import assets, events
-from tasks.config import ConfigError
+from tasks.config import ConfigError, PromoteConfig
 from tasks.register import policy_name
 
 HEARTBEAT_SECONDS = 60
@@ -28,6 +29,8 @@ SECONDS_TO_ZOMBIE = 4 * HEARTBEAT_SECONDS
 STILL = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
 """States in which a run sends no heartbeats."""
 WAITING = ("Paused", "Suspended")
+SHORTEST_WAIT = timedelta(seconds=10)
+"""That Prefect's triggers can count."""
 ANY_RUN: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
 TITLES = (
     "dead runs have crashed",
@@ -36,7 +39,9 @@ TITLES = (
     "a set that others write starts a run",
     "a champion below a gate starts a run",
     "failures are told",
+    "a run that nobody decided on goes on",
     "waiting for approval is told",
+    "waiting for approval is told again",
     "a new champion is told",
 )
 
@@ -50,8 +55,10 @@ def renew(
     sources: Sequence[str],
     on_events: bool,
     blocks: Sequence[UUID],
+    waits: PromoteConfig,
 ) -> None:
-    """Make the automations of a deployment; those that it had are replaced.
+    """Make the automations of a deployment. Of those that it had, the ones that are as they should be stay: they may be
+    counting the time of a run that waits.
 
     Args:
         name: of the deployment.
@@ -59,16 +66,27 @@ def renew(
         sources: the preference sets that it reads.
         on_events: runs start when a set changes or the champion falls below a gate.
         blocks: ids of the notification blocks that are told.
+        waits: how long a run waits for a person.
     """
-    for title in TITLES:
-        for old in client.read_automations_by_name(f"retrain/{name}: {title}"):
-            client.delete_automation(old.id)
-    made = [*_watching(deployment_id)]
+    known = {f"retrain/{name}: {title}" for title in TITLES}
+    standing = [old for old in client.read_automations() if old.name in known]
+    made = [*_watching(deployment_id), *_ending(deployment_id, waits)]
     made += _starting(deployment_id, policy_name(model), sources) if on_events else []
-    made += _telling(deployment_id, policy_name(model), blocks) if blocks else []
-    for automation in made:
-        assert automation.name in TITLES
-        client.create_automation(automation.model_copy(update={"name": f"retrain/{name}: {automation.name}"}))
+    made += _telling(deployment_id, policy_name(model), blocks, waits) if blocks else []
+    assert all(automation.name in TITLES for automation in made)
+    wanted = [entry.model_copy(update={"name": f"retrain/{name}: {entry.name}"}) for entry in made]
+    kept = [old for old in standing if any(_same(old, automation) for automation in wanted)]
+    for old in standing:
+        if old not in kept:
+            client.delete_automation(old.id)
+    for automation in wanted:
+        if automation.name not in {old.name for old in kept}:
+            client.create_automation(automation)
+
+
+def _same(standing: Automation, wanted: AutomationCore) -> bool:
+    """Whether what the server has is what is wanted, but for the id that it gave."""
+    return AutomationCore.model_validate(standing.model_dump(exclude={"id"})) == wanted
 
 
 def notification_block(client: SyncPrefectClient, slug: str) -> UUID:
@@ -138,6 +156,28 @@ def _watching(deployment_id: UUID) -> Iterator[AutomationCore]:
     )
 
 
+def _waiting(deployment_id: UUID, hours: float) -> EventTrigger:
+    """Fires when a run has been suspended for so long."""
+    return EventTrigger(
+        after={"prefect.flow-run.Suspended"},
+        expect={f"prefect.flow-run.{state}" for state in ("Resuming", "Cancelling", "Cancelled", "Failed")},
+        match=ANY_RUN,
+        match_related=_of(deployment_id),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=max(timedelta(hours=hours), SHORTEST_WAIT),
+    )
+
+
+def _ending(deployment_id: UUID, waits: PromoteConfig) -> Iterator[AutomationCore]:
+    yield AutomationCore(
+        name="a run that nobody decided on goes on",  # with an empty form: see `flows.approval`
+        trigger=_waiting(deployment_id, waits.approval_hours),
+        actions=[ResumeFlowRun()],
+    )
+
+
 def _starting(deployment_id: UUID, model: str, sources: Sequence[str]) -> Iterator[AutomationCore]:
     """Of the project's own events, those of the deployment's own runs start none."""
     start = RunDeployment(source="selected", deployment_id=deployment_id)
@@ -163,7 +203,7 @@ def _starting(deployment_id: UUID, model: str, sources: Sequence[str]) -> Iterat
     )
 
 
-def _telling(deployment_id: UUID, model: str, blocks: Sequence[UUID]) -> Iterator[AutomationCore]:
+def _telling(deployment_id: UUID, model: str, blocks: Sequence[UUID], waits: PromoteConfig) -> Iterator[AutomationCore]:
     def told(subject: str, body: str) -> list[SendNotification]:
         return [SendNotification(block_document_id=block, subject=subject, body=body) for block in blocks]
 
@@ -177,6 +217,11 @@ def _telling(deployment_id: UUID, model: str, blocks: Sequence[UUID]) -> Iterato
         name="waiting for approval is told",
         trigger=_at({f"prefect.flow-run.{state}" for state in WAITING}, ANY_RUN, _of(deployment_id)),
         actions=told("{{ flow_run.name }} waits for approval", of_run),
+    )
+    yield AutomationCore(
+        name="waiting for approval is told again",
+        trigger=_waiting(deployment_id, waits.reminder_hours),
+        actions=told("{{ flow_run.name }} still waits for approval", of_run),
     )
     yield AutomationCore(
         name="a new champion is told",

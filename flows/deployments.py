@@ -36,7 +36,7 @@ from pydantic import ValidationError
 from flows import automations
 from flows.retrain import retrain
 from infra.owned import OwnedProcess
-from tasks.config import ConfigError, RunConfig
+from tasks.config import ConfigError, PromoteConfig, RunConfig
 from tasks.stages import REPO
 
 GRACE_SECONDS = 28.0
@@ -190,6 +190,7 @@ def _renew_automations(client: SyncPrefectClient, deployment_id: UUID, request: 
         sources=list(request.config["data"]["sources"]),
         on_events=request.on_events,
         blocks=blocks,
+        waits=PromoteConfig.model_validate(request.config["promote"]),
     )
 
 

@@ -8,11 +8,18 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
 from tasks import events, tracking
-from tasks.promote import Judgement, Verdict, promote_model, resolve, roll_back_model
+from tasks.promote import Consent, Judgement, Verdict, promote_model, resolve, roll_back_model
 
 
 @flow(name="promotion", flow_run_name="promote-{name}-{version}")
-def promotion(name: str, version: int, workspace: str, judgement: Judgement | None = None, why: str = "") -> Verdict:
+def promotion(
+    name: str,
+    version: int,
+    workspace: str,
+    judgement: Judgement | None = None,
+    why: str = "",
+    consent: Consent | None = None,
+) -> Verdict:
     """Make a version of a policy the champion if it deserves it, or, without a judgement, because a person says so.
 
     Args:
@@ -20,10 +27,11 @@ def promotion(name: str, version: int, workspace: str, judgement: Judgement | No
         workspace: the folder whose store is used unless MLFLOW_TRACKING_URI names another.
         judgement: what the candidate was measured at.
         why: a person's reason.
+        consent: what was said to a candidate that a person has to approve.
     """
     store = tracking.open_store(Path(workspace))
     policy = resolve(store, name)
-    verdict = promote_model(store, policy, version, judgement, why)
+    verdict = promote_model(store, policy, version, judgement, why, consent)
     if verdict.gates:
         lines = [
             {

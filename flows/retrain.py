@@ -14,14 +14,17 @@ import yaml
 from prefect import flow, get_run_logger, tags
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.approval import consent
 from flows.prepare import preparation
 from flows.promotion import promotion
 from infra.witness import witnessed
 from tasks import (
     api_judge,
+    approval,
     dag,
     evaluation_report,
     events,
@@ -39,6 +42,7 @@ from tasks import (
     tracking,
     train,
 )
+from tasks.approval import Waiting
 from tasks.config import RunConfig
 from tasks.dag import Choice
 from tasks.promote import Judgement, Verdict, needs_comparison
@@ -104,32 +108,45 @@ def retrain(
         raise RuntimeError(
             f"The run was started {MOST_TRIES} times without coming to its end; mend that, start another."
         )
-    config = registered.pinned(config)
+    workspace, name = dag.workspace(config), str(flow_run.name)
     choice = Choice(from_stage, until, force)
-    choice.check(dag.graph(config))
-    if config.evaluate.api_judge is not None:
-        api_judge.check(config.evaluate.api_judge)
-    steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
-    plan.check_finished(config, choice)
-    store = tracking.open_store(dag.workspace(config))
-    if only_if_new and (done := plan.finished(config)) and registered_already(store, config, done):
+    waiting = approval.read(workspace, str(flow_run.id))  # this run was suspended, and comes back with an answer
+    if waiting is None:
+        config = registered.pinned(config)
+        choice.check(dag.graph(config))
+        if config.evaluate.api_judge is not None:
+            api_judge.check(config.evaluate.api_judge)
+        steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
+        plan.check_finished(config, choice)
+    store = tracking.open_store(workspace)
+    if waiting is not None:
+        run_id = waiting.mlflow_run
+        tracking.set_status(store, run_id, "RUNNING")
+    elif only_if_new and (done := plan.finished(config)) and registered_already(store, config, done):
         return Completed(message="Nothing new: data, config and code are those of models that are registered already.")
-    name = str(flow_run.name)
-    origin = {"prefect.flow_run": name, "prefect.flow_run_id": str(flow_run.id)}
-    run_id = tracking.start_run(store, config, origin, name)
+    else:
+        origin = {"prefect.flow_run": name, "prefect.flow_run_id": str(flow_run.id)}
+        run_id = tracking.start_run(store, config, origin, name)
     outcome = Outcome()
     try:
-        with witnessed(), tags(config.name), prune.in_use(dag.workspace(config)):
+        with witnessed(), tags(config.name), prune.in_use(workspace):
             run = open_run(config, choice, run_id)
-            for _ in _steps(run, outcome):
-                if choice.is_reached(run.graph, outcome.refs):
-                    break
+            if waiting is not None:
+                _decide(run, outcome, waiting)
+            else:
+                for _ in _steps(run, outcome):
+                    if choice.is_reached(run.graph, outcome.refs):
+                        break
         result = _closed(run, name, outcome)
+    except Pause:
+        tracking.set_status(store, run_id, "SCHEDULED")
+        raise
     except BaseException as error:
         with suppress(Exception):  # the cause is to be seen, not that the store is down as well
             tracking.end_run(store, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     tracking.end_run(store, run_id, "FINISHED")
+    approval.forget(workspace, str(flow_run.id))
     return result
 
 
@@ -156,8 +173,16 @@ def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
     if run.choice.until == "register":
         return
     judgement = _judged(run, outcome.registration, refs)
+    _decide(run, outcome, Waiting(refs, outcome.registration, judgement, run.run_id))
+
+
+def _decide(run: Run, outcome: Outcome, waiting: Waiting) -> None:
+    """Promote the candidate or not, where the config says so only after a person was asked: see `flows.approval`."""
+    made, judgement = waiting.registration, waiting.judgement
+    outcome.refs, outcome.registration = dict(waiting.refs), made
+    said = consent(run, waiting)
     outcome.verdict = promotion(
-        outcome.registration.policy, outcome.registration.policy_version, str(dag.workspace(run.config)), judgement
+        made.policy, made.policy_version, str(dag.workspace(run.config)), judgement, consent=said
     )
 
 

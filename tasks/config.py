@@ -532,6 +532,13 @@ class PromoteConfig(Section):
     """Whose scores decide the win rates of the gates: the gold reward model's, where the run has one that is surely
     better than chance, or the run's own."""
     gates: GatesConfig = GatesConfig()
+    approval: Literal["none", "manual"] = "none"
+    """manual: a candidate that passes its gates waits until a person approves it in Prefect. The run of a deployment is
+    suspended meanwhile; without a deployment the candidate stays registered, for `rlhf promote`."""
+    approval_hours: PositiveFloat = 72.0
+    """A candidate that nobody decided on for so long is not promoted. Of a deployment, set when it is made."""
+    reminder_hours: PositiveFloat = 24.0
+    """After so long the notification blocks are told once more that a candidate waits. Of a deployment as well."""
 
 
 class RunConfig(Section):

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -43,10 +43,33 @@ class Judgement:
     """Version of the champion that it was set against; None: the SFT model, as there was no champion."""
 
 
+@dataclass(frozen=True)
+class Consent:
+    """What a person said to a candidate that passes its gates, where the config wants one to be asked."""
+
+    decision: Literal["approved", "rejected", "undecided", "unasked"]
+    """undecided: the time for it is over; unasked: the run could not wait, as it has no deployment."""
+    by: str = ""
+    comment: str = ""
+
+    def sentence(self, version: Version) -> str:
+        """What was said, for the end of a verdict; if nothing was, how to promote the version all the same."""
+        if self.decision in ("approved", "rejected"):
+            return f"{self.by} {self.decision} it" + (f" ({self.comment})" if self.comment else "")
+        reason = (
+            "nobody decided in time"
+            if self.decision == "undecided"
+            else "a person has to approve it (promote.approval), and a run without a deployment cannot wait for one"
+        )
+        return f'{reason}. Promote it with `rlhf promote {version.name} {version.version} --why "..."`'
+
+
 @task(name="promote", cache_policy=NO_CACHE, persist_result=False)
-def promote_model(store: Store, name: str, version: int, judgement: Judgement | None, why: str) -> Verdict:
+def promote_model(
+    store: Store, name: str, version: int, judgement: Judgement | None, why: str, consent: Consent | None
+) -> Verdict:
     """Make a version the champion if it deserves it. See `promote`."""
-    return promote(store, name, version, judgement, why)
+    return promote(store, name, version, judgement, why, consent)
 
 
 @task(name="roll back", cache_policy=NO_CACHE, persist_result=False)
@@ -55,21 +78,30 @@ def roll_back_model(store: Store, name: str, version: int, why: str) -> Verdict:
     return roll_back(store, name, version, why)
 
 
-def promote(store: Store, name: str, version: int, judgement: Judgement | None = None, why: str = "") -> Verdict:
+def promote(
+    store: Store,
+    name: str,
+    version: int,
+    judgement: Judgement | None = None,
+    why: str = "",
+    consent: Consent | None = None,
+) -> Verdict:
     """Make a version of a policy the champion, and its reward model's version the champion of reward models.
 
-    Without a judgement it is a person's wish and is granted. Raises ValueError for a version that is not there.
+    Without a judgement it is a person's wish and is granted; with one, a `consent` that is no approval keeps the
+    champion. Raises ValueError for a version that is not there.
     """
     candidate = tracking.find_version(store, name, version)
     with tracking.registry_lock(store):
         moves = follow(store, name)
         champion = tracking.alias(store, name, CHAMPION)
-        verdict = judge(candidate, champion, judgement, why)
+        verdict = judge(candidate, champion, judgement, why, consent)
         if champion is not None and _same(candidate, champion):
             return verdict  # what is recorded of its promotion stays
         if verdict.promoted:
-            _serve(store, candidate, champion, moves, history.PROMOTION, verdict.reason)
-        tracking.tag_version(store, name, version, _verdict_tags(verdict, champion))
+            by = consent.by if consent else None
+            _serve(store, candidate, champion, moves, history.PROMOTION, verdict.reason, by)
+        tracking.tag_version(store, name, version, _verdict_tags(verdict, candidate, champion, consent))
     return verdict
 
 
@@ -112,15 +144,21 @@ def follow(store: Store, name: str) -> list[Move]:
 
 
 def _serve(
-    store: Store, version: Version, champion: Version | None, moves: Sequence[Move], kind: str, why: str
+    store: Store,
+    version: Version,
+    champion: Version | None,
+    moves: Sequence[Move],
+    kind: str,
+    why: str,
+    by: str | None = None,
 ) -> None:
-    """Move the aliases and record it."""
+    """Move the aliases and record it, as done `by` whoever approved it or else by who runs this process."""
     for companion in companions(store, version):
         tracking.set_alias(store, companion.name, CHAMPION, companion.version)
     # The policy last: whoever sees the new policy serve finds its reward model in place.
     tracking.set_alias(store, version.name, CHAMPION, version.version)
     before = champion.version if champion else None
-    move = history.record(store, version.name, kind, before, version.version, why)
+    move = history.record(store, version.name, kind, before, version.version, why, by)
     _point_previous(store, version.name, [*moves, move])
 
 
@@ -138,7 +176,13 @@ def _point_previous(store: Store, name: str, moves: Sequence[Move]) -> None:
             tracking.delete_alias(store, model, PREVIOUS)
 
 
-def judge(candidate: Version, champion: Version | None, judgement: Judgement | None, why: str = "") -> Verdict:
+def judge(
+    candidate: Version,
+    champion: Version | None,
+    judgement: Judgement | None,
+    why: str = "",
+    consent: Consent | None = None,
+) -> Verdict:
     """The verdict on a candidate, measured or wished for."""
     if champion is not None and _same(candidate, champion):
         return Verdict(False, f"{_title(candidate)} is the champion already; nothing changes.")
@@ -153,18 +197,23 @@ def judge(candidate: Version, champion: Version | None, judgement: Judgement | N
             f"{f'version {present}' if present else 'none'} while it was compared; run it again."
         )
         return Verdict(False, reason, judgement.gates)
-    return decide(candidate, judgement.gates)
+    return decide(candidate, judgement.gates, consent)
 
 
-def decide(candidate: Version, results: list[GateResult]) -> Verdict:
-    """The rule: a candidate that passes every gate becomes champion."""
+def decide(candidate: Version, results: list[GateResult], consent: Consent | None = None) -> Verdict:
+    """The rule: a candidate that passes every gate becomes champion, if nobody who was to be asked objects."""
     failed = [result for result in results if not result.passed]
     said = "; ".join(f"{result.title} {result.measured}, wanted {result.sentence}" for result in failed or results)
     if failed:
         missed = "a gate" if len(failed) == 1 else f"{len(failed)} gates"
         return Verdict(False, f"{_title(candidate)} stays a candidate, it misses {missed}: {said}.", results)
     passed = f"it passes its gates: {said}" if results else "its run sets no gate"
-    return Verdict(True, f"{_title(candidate)} becomes champion, {passed}.", results)
+    if consent is None:
+        return Verdict(True, f"{_title(candidate)} becomes champion, {passed}.", results)
+    said = consent.sentence(candidate)
+    if consent.decision == "approved":
+        return Verdict(True, f"{_title(candidate)} becomes champion, {passed}; {said}.", results)
+    return Verdict(False, f"{_title(candidate)} stays a candidate, {passed}, but {said}.", results)
 
 
 def needs_comparison(candidate: Version, champion: Version | None) -> bool:
@@ -188,13 +237,20 @@ def resolve(store: Store, name: str) -> str:
     raise ValueError(f"There is no registered model {name}; {hint}: {', '.join(policies)}.")
 
 
-def _verdict_tags(verdict: Verdict, champion: Version | None) -> dict[str, str]:
+def _verdict_tags(
+    verdict: Verdict, candidate: Version, champion: Version | None, consent: Consent | None
+) -> dict[str, str]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     tags = {"verdict": verdict.reason, "verdict_at": now}
+    if consent is not None:
+        tags["approval"] = f"{consent.decision} by {consent.by}" if consent.by else consent.decision
+    elif "approval" in candidate.tags:
+        tags["approval"] = "decided otherwise"
     tags |= {f"gate.{result.name}": result.verdict for result in verdict.gates}
     if verdict.promoted:
         before = str(champion.version) if champion else "none"
-        tags |= {"promoted_at": now, "promoted_by": history.user(), "promoted_from": before}
+        by = consent.by if consent else history.user()
+        tags |= {"promoted_at": now, "promoted_by": by, "promoted_from": before}
     return tags
 
 

@@ -145,6 +145,12 @@ def end_run(store: Store, run_id: str, status: str) -> None:
     _client(store.uri).set_terminated(run_id, status)
 
 
+def set_status(store: Store, run_id: str, status: str) -> None:
+    """Say of a run that it goes on, RUNNING, or that it will later, SCHEDULED."""
+    assert status in ("RUNNING", "SCHEDULED"), status
+    _client(store.uri).update_run(run_id, status)
+
+
 def stage_run(store: Store, parent_id: str, stage: str, directory: Path) -> str:
     """The run of a stage that is about to be made, nested in that of the flow run. Returns its id.
 

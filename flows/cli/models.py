@@ -45,8 +45,8 @@ def models(
     debug: Debug = False,
 ) -> None:
     """Show the registered models: versions, aliases, metrics; or the history of their champions."""
+    from tasks import approval, registered, tracking
     from tasks import promote as promoting
-    from tasks import registered, tracking
 
     store = existing_store(workspace)
     names = tracking.registered_names(store) if store else []
@@ -61,8 +61,13 @@ def models(
             for move in known:
                 console.console.print(_move(name, move), soft_wrap=True)
     else:
-        lines = [_line(version) for name in names for version in tracking.versions(store, name)]
+        every = [version for name in names for version in tracking.versions(store, name)]
+        lines = [_line(version) for version in every]
         console.console.print(console.table(("model", "version", "aliases", "metrics", "registered"), lines))
+        for version in every:
+            if where := approval.where_to_decide(version.tags):
+                said = f"{version.name} version {version.version} waits for a person to approve it: {where}"
+                console.console.print(said, style="yellow", soft_wrap=True)
     console.console.print(f"\n{tracking.how_to_open(store)}", soft_wrap=True)
 
 

@@ -18,10 +18,12 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter
 from prefect.events import emit_event
 from prefect.flow_engine import run_flow
+from prefect.input.run_input import keyset_from_paused_state
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.states import Failed, Pending, Suspended
+from prefect.states import Failed, Pending, Running, Suspended
 
 from flows import deployments
+from flows.approval import Approval, decided
 from flows.automations import TITLES
 from tasks import assets, events
 from tasks.config import ConfigError, parse
@@ -201,7 +203,7 @@ def test_a_deployment_without_them_takes_its_automations_away(
     assert titles() == list(TITLES)
     plain = replace(request_, notify=(), on_events=False)
     assert deployments.deploy(plain) == deployed
-    assert titles() == list(TITLES[:2])
+    assert titles() == [*TITLES[:2], "a run that nobody decided on goes on"]
 
 
 def test_a_block_that_is_not_there_is_named_before_anything_is_deployed(
@@ -226,3 +228,30 @@ def test_a_run_that_is_due_while_another_runs(
     assert client.set_flow_run_state(first.id, Pending()).state.type.value == "PENDING"
     state = client.set_flow_run_state(second.id, Pending()).state
     assert (state.type.value, state.name) == becomes
+
+
+def test_a_run_that_nobody_decides_on_is_reminded_of_and_goes_on_though_the_deployment_is_renewed(
+    client: SyncPrefectClient, request_: deployments.Request, received: tuple[str, list[dict[str, Any]]]
+) -> None:
+    short = {"approval": "manual", "approval_hours": 1e-4, "reminder_hours": 1e-4}
+    config = deployments.absolute(parse({"name": "asked", "promote": short}))
+    asked = replace(request_, name="asked", config=config, on_events=False)
+    deployed = deployments.deploy(asked)
+    made = {entry.name: entry.id for entry in client.read_automations() if entry.name.startswith("retrain/asked: ")}
+    run = client.create_flow_run_from_deployment(deployed, name="wednesday")
+    client.set_flow_run_state(run.id, Running(), force=True)
+    state = Suspended(pause_key="approve-asked-policy-1")
+    keys = state.state_details.run_input_keyset = keyset_from_paused_state(state)
+    client.set_flow_run_state(run.id, state, force=True)
+    Approval.save(keys, run.id)
+    time.sleep(3)
+    deployments.deploy(asked)
+    again = {entry.name: entry.id for entry in client.read_automations() if entry.name.startswith("retrain/asked: ")}
+    assert again == made  # so their clocks tick on
+    wait_for(lambda: client.read_flow_run(run.id).state.name == "Resuming", 60)
+    assert decided(Approval.load(keys, run.id)).decision == "undecided"
+    wait_for(lambda: "wednesday still waits for approval" in [message["subject"] for message in received[1]])
+    client.delete_flow_run(run.id)
+    deployments.deploy(replace(asked, notify=()))
+    left = {entry.name for entry in client.read_automations() if entry.name.startswith("retrain/asked: ")}
+    assert made.keys() - left == {name for name in made if name.endswith((" told", " told again"))}

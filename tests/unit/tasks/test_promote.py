@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from tasks import gates, history, tracking
-from tasks.promote import Judgement, decide, follow, judge, needs_comparison, promote, resolve, roll_back
+from tasks.promote import Consent, Judgement, decide, follow, judge, needs_comparison, promote, resolve, roll_back
 from tasks.tracking import Version
 
 
@@ -219,3 +219,51 @@ def test_ten_promotions_at_once_leave_one_champion_and_an_unbroken_history(store
     with sqlite3.connect(store.uri.removeprefix("sqlite:///")) as database:
         rows = database.execute("select alias from registered_model_aliases where name = 'race-policy'").fetchall()
     assert sorted(rows) == [("champion",), ("previous",)]
+
+
+@pytest.mark.parametrize(
+    ("consent", "promoted", "said"),
+    [
+        (
+            Consent("approved", "Ann", "reads well"),
+            True,
+            "becomes champion, it passes {}; Ann approved it (reads well).",
+        ),
+        (Consent("rejected", "Ann"), False, "stays a candidate, it passes {}, but Ann rejected it."),
+        (
+            Consent("undecided"),
+            False,
+            "stays a candidate, it passes {}, but nobody decided in time. Promote it with `rlhf promote chat-policy 2 "
+            '--why "..."`.',
+        ),
+        (
+            Consent("unasked"),
+            False,
+            "stays a candidate, it passes {}, but a person has to approve it (promote.approval), and a run without a "
+            'deployment cannot wait for one. Promote it with `rlhf promote chat-policy 2 --why "..."`.',
+        ),
+    ],
+)
+def test_who_is_asked_decides_on_a_candidate_that_passes_its_gates(consent, promoted, said):
+    verdict = judge(version(2), version(1), judgement(True, 1), consent=consent)
+    assert verdict.promoted is promoted
+    assert verdict.reason == f"chat-policy version 2 {said}".format("its gates: KL 4 [3, 17], wanted <= 15")
+
+
+def test_no_approval_makes_up_for_a_missed_gate_or_another_champion():
+    yes = Consent("approved", "Ann")
+    assert not judge(version(2), version(1), judgement(False, 1), consent=yes).promoted
+    assert "champion changed" in judge(version(2), version(3), judgement(True, 1), consent=yes).reason
+
+
+def test_who_approved_stands_in_the_history_and_who_rejected_at_the_version(store, tmp_path):
+    registered(store, tmp_path, "asked", 2)
+    assert promote(store, "asked-policy", 1, judgement(True, None), consent=Consent("approved", "Ann", "fine")).promoted
+    assert not promote(store, "asked-policy", 2, judgement(True, 1), consent=Consent("rejected", "Bo", "curt")).promoted
+    (move,) = history.moves(store, "asked-policy")
+    assert (move.by, move.after) == ("Ann", 1)
+    assert move.why.endswith("Ann approved it (fine).")
+    first, second = (tracking.find_version(store, "asked-policy", number).tags for number in (1, 2))
+    assert (first["approval"], first["promoted_by"]) == ("approved by Ann", "Ann")
+    assert second["approval"] == "rejected by Bo"
+    assert "Bo rejected it (curt)" in second["verdict"]

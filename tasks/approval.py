@@ -1,0 +1,73 @@
+"""What a run needs to go on when it comes back from a person's decision, kept while it is suspended.
+
+Prefect runs a suspended flow again from its top. Between the two the sets on the hub, the champion and the code may
+have changed, and the candidate that was asked about would be made anew; so what was there to decide on is written to
+`<workspace>/approvals/<flow run>.json`, and the run that comes back goes straight to the promotion.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tasks.gates import GateResult
+from tasks.promote import Consent, Judgement
+from tasks.register import Registration
+from tasks.stages import MANIFEST, StageRef, write_json
+
+WAITING = "waiting"
+TAG = "approval"
+"""Of a version: WAITING and where to decide, later what was said."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A candidate that passes its gates, with all that its run has made."""
+
+    refs: Mapping[str, StageRef]
+    registration: Registration
+    judgement: Judgement
+    mlflow_run: str
+    consent: Consent | None = None
+    """What was said, as soon as it is known: a run that dies after that does not ask again."""
+
+
+def write(workspace: Path, flow_run_id: str, waiting: Waiting) -> None:
+    """Keep what a flow run waits with."""
+    path = _path(workspace, flow_run_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(replace(waiting, refs=dict(waiting.refs))))
+
+
+def read(workspace: Path, flow_run_id: str) -> Waiting | None:
+    """What a flow run waited with; None if it did not, or if a stage of it is gone, so that it has to be made again."""
+    try:
+        tree = json.loads(_path(workspace, flow_run_id).read_text())
+    except FileNotFoundError:
+        return None
+    refs = {key: StageRef(**{**ref, "cached": True}) for key, ref in tree["refs"].items()}
+    if not all((ref.directory / MANIFEST).is_file() for ref in refs.values()):
+        return None
+    judged = tree["judgement"]
+    return Waiting(
+        refs,
+        Registration(**tree["registration"]),
+        Judgement([GateResult(**gate) for gate in judged["gates"]], judged["champion"]),
+        tree["mlflow_run"],
+        Consent(**tree["consent"]) if tree["consent"] else None,
+    )
+
+
+def forget(workspace: Path, flow_run_id: str) -> None:
+    """The run has come to its end."""
+    _path(workspace, flow_run_id).unlink(missing_ok=True)
+
+
+def where_to_decide(tags: Mapping[str, str]) -> str | None:
+    """Where a person has to decide on a version, by its tags; None where nobody has to."""
+    said = tags.get(TAG, "")
+    return said.removeprefix(f"{WAITING}: ") if said.startswith(WAITING) else None
+
+
+def _path(workspace: Path, flow_run_id: str) -> Path:
+    return workspace / "approvals" / f"{flow_run_id}.json"

@@ -34,7 +34,15 @@ class Server:
     """A server process: stops when the `with` block or this process ends."""
 
     def __init__(
-        self, name: str, command: list[str], env: dict[str, str], *, port: int, paths: tuple[str, str], log: Path
+        self,
+        name: str,
+        command: list[str],
+        env: dict[str, str],
+        *,
+        port: int,
+        paths: tuple[str, str],
+        log: Path,
+        cwd: Path | None = None,
     ):
         """Starts at once. `paths` are those of the address that users need and of the health check."""
         self.name, self.log = name, log
@@ -43,7 +51,7 @@ class Server:
         self._state: Path | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._process = OwnedProcess(command, env=env, output=output, grace_seconds=STOP_SECONDS)
+            self._process = OwnedProcess(command, env=env, cwd=cwd, output=output, grace_seconds=STOP_SECONDS)
 
     def wait_ready(self, timeout: float = 120.0, on_wait: Callable[[float], None] | None = None) -> str:
         """Waits until the server answers and returns its URL; `on_wait` hears the seconds waited, for a progress line.
@@ -61,6 +69,10 @@ class Server:
                 on_wait(waited)
             time.sleep(0.1)
         return self.url
+
+    def runs(self) -> bool:
+        """Whether its process has not ended."""
+        return self._process.exit_code is None
 
     def announce(self, state_dir: Path) -> None:
         """Lets `running_prefect_server(state_dir)` of other processes find this server until it stops."""
@@ -117,6 +129,20 @@ def mlflow_server(*, store_uri: str, artifacts: Path, log: Path, port: int | Non
     # The job runner serves MLflow's GenAI features alone, and is three processes more.
     env = _unless_set(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     return Server("MLflow", command, env, port=port, paths=("", "/health"), log=log)
+
+
+def model_server(*, name: str, folder: Path, log: Path, port: int | None = None) -> Server:
+    """Starts an OpenAI-compatible server, transformers' own, for the one model `folder/name`.
+
+    It loads nothing from the hub and runs no code of a model. `name` is what its clients call the model.
+    """
+    port = port or free_port()
+    command = [
+        *[sys.executable, "-m", "transformers.cli.transformers", "serve", name],
+        *["--host", HOST, "--port", str(port)],
+    ]
+    env = {"HF_HUB_OFFLINE": "1"}
+    return Server("model", command, env, port=port, paths=("", "/health"), log=log, cwd=folder)
 
 
 def _unless_set(**defaults: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from flows.cli import chat, data, deploy, errors, infra, lineage, models, prune, run, servers
+from flows.cli import chat, data, deploy, errors, infra, lineage, models, prune, run, servers, serving
 
 app = typer.Typer(
     name="rlhf",
@@ -26,6 +26,7 @@ app.command()(errors.told(lineage.lineage))
 app.command()(errors.told(prune.prune))
 app.command()(errors.told(chat.chat))
 app.command()(errors.told(chat.generate))
+app.command()(errors.told(serving.serve_model))
 app.command()(errors.told(servers.ui))
 app.command()(errors.told(deploy.deploy))
 app.command()(errors.told(deploy.serve))

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -49,13 +49,13 @@ class Ended:
 class Command:
     """`rlhf` as a user calls it, in a process of its own."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str], env: dict[str, str], output: int | IO[str] = subprocess.PIPE) -> None:
         self.mark = uuid.uuid4().hex
         self.started = time.time()
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("rlhf"), *arguments],
             env={**os.environ, **env, MARK: self.mark},
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -93,8 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command() -> Callable[..., Command]:
-    """(arguments, api=address) -> `rlhf` with these; without an address no Prefect server is configured."""
-    return lambda *arguments, api="": Command(list(arguments), {"PREFECT_API_URL": api})
+    """(arguments, api=address, output=file) -> `rlhf` with these; without an address it starts a server of its own."""
+    return lambda *arguments, api="", output=subprocess.PIPE: Command(list(arguments), {"PREFECT_API_URL": api}, output)
 
 
 @pytest.fixture(scope="module")

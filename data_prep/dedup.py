@@ -9,7 +9,7 @@ Near-duplicates are the connected components of the pairs found, so the answer d
 nor on who is asked first; it may join two texts that are alike only through a third.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -29,12 +29,12 @@ BANDS, ROWS = 21, 6
 with 0.28; then the signatures decide."""
 PERMUTATIONS = BANDS * ROWS
 PAIRS_AT_ONCE = 100_000  # 50 MB of signatures on either side
-WINDOW = 32
-"""Texts with the same band that each is compared with; buckets of copies can be very large."""
 _MULTIPLIER = np.uint32(0x9E3779B1)
 
 Signatures = NDArray[np.uint32]
 """[N, PERMUTATIONS]"""
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""The places of the firsts and of the seconds. [pairs], [pairs]"""
 
 
 def shingles(text: str) -> NDArray[np.uint32]:
@@ -76,16 +76,36 @@ def clusters(signatures: Signatures, within: NDArray[np.int64] | None = None) ->
         signatures: [N, PERMUTATIONS].
         within: [N]; only texts with the same number here are compared.
     """
-    count = len(signatures)
-    labels = np.arange(count)
-    apart = np.zeros(count, dtype=np.int64) if within is None else within
+    labels = np.arange(len(signatures))
+    apart = np.zeros(len(labels), dtype=np.int64) if within is None else within
     for band in range(BANDS):
-        first, second = _neighbours(_band_keys(signatures, band, apart))
-        new = (labels[first] != labels[second]) & (apart[first] == apart[second])
-        first, second = first[new], second[new]
-        alike = np.concatenate([_alike(signatures, *part) for part in _parts(first, second)] or [np.empty(0, bool)])
-        labels = _joined(labels, first[alike], second[alike])
+        keys = _band_keys(signatures, band, apart)
+        labels = _compared(signatures, apart, labels, [_with_first(keys)])
+        # Most buckets are of copies, which now are one; of the others every two are compared, so that a pair is found
+        # whatever else there is: what is found among some of the texts is found among all.
+        labels = _compared(signatures, apart, labels, _every_two(keys, labels))
     return labels
+
+
+def _compared(
+    signatures: Signatures, apart: NDArray[np.int64], labels: NDArray[np.int64], candidates: Iterable[Pairs]
+) -> NDArray[np.int64]:
+    """The labels after joining those of the candidates that are alike."""
+    waiting: list[Pairs] = []
+
+    def joined() -> NDArray[np.int64]:
+        first, second = (np.concatenate(places) for places in zip(*waiting, strict=True))
+        waiting.clear()
+        alike = np.concatenate([_alike(signatures, *part) for part in _parts(first, second)])
+        return _joined(labels, first[alike], second[alike])
+
+    for first, second in candidates:
+        new = (labels[first] != labels[second]) & (apart[first] == apart[second])
+        if new.any():
+            waiting.append((first[new], second[new]))
+        if sum(len(places) for places, _ in waiting) >= PAIRS_AT_ONCE:
+            labels = joined()
+    return joined() if waiting else labels
 
 
 @cache
@@ -109,25 +129,36 @@ def _band_keys(signatures: Signatures, band: int, apart: NDArray[np.int64]) -> N
     return key
 
 
-def _neighbours(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of places with the same key: each with all of its kind, or with `WINDOW` and the first of very many."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(keys) else np.empty(0, np.int64)
-    heads = np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
-    rank = np.arange(len(keys)) - heads
-    beyond = np.flatnonzero(rank > WINDOW)
-    first, second = [order[heads[beyond]]], [order[beyond]]
-    for step in range(1, WINDOW + 1):
-        places = np.flatnonzero(rank >= step)
+def _with_first(keys: NDArray[np.uint64]) -> Pairs:
+    """Each place with the first that has its key."""
+    order, starts, sizes = _buckets(keys)
+    rest = np.setdiff1d(np.arange(len(keys)), starts, assume_unique=True)
+    return order[np.repeat(starts, sizes)[rest]], order[rest]
+
+
+def _every_two(keys: NDArray[np.uint64], labels: NDArray[np.int64]) -> Iterator[Pairs]:
+    """Every two places with the same key, of the keys whose places have several labels."""
+    order, starts, sizes = _buckets(keys)
+    if not len(keys):
+        return
+    several = np.minimum.reduceat(labels[order], starts) != np.maximum.reduceat(labels[order], starts)
+    rank = np.arange(len(keys)) - np.repeat(starts, sizes)
+    places = np.flatnonzero(np.repeat(several, sizes) & (rank > 0))
+    for step in range(1, int(sizes.max())):
+        places = places[rank[places] >= step]
         if not len(places):
             break
-        first.append(order[places - step])
-        second.append(order[places])
-    return np.concatenate(first), np.concatenate(second)
+        yield order[places - step], order[places]
 
 
-def _parts(first: NDArray[np.int64], second: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], ...]]:
+def _buckets(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Places in the order of their keys, where each key begins in that order, and how many places have it."""
+    order = np.argsort(keys, kind="stable")
+    _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
+    return order, starts, sizes
+
+
+def _parts(first: NDArray[np.int64], second: NDArray[np.int64]) -> Iterator[Pairs]:
     for begin in range(0, len(first), PAIRS_AT_ONCE):
         yield first[begin : begin + PAIRS_AT_ONCE], second[begin : begin + PAIRS_AT_ONCE]
 

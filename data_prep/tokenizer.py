@@ -40,7 +40,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no folder {name}: correct the model's path.")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of a damaged file, its readers raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

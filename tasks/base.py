@@ -26,6 +26,7 @@ from data_prep import trained
 from data_prep.conversation import HUMAN_ASSISTANT_TEMPLATE
 from data_prep.tables import iter_rows
 from data_prep.tokenizer import check_eos, load_tokenizer
+from tasks import untrusted
 from tasks.config import TinyModel
 from tasks.stages import file_digests, write_json
 from tasks.training.job import Job
@@ -123,13 +124,14 @@ def resolve(name: str, revision: str | None) -> Path:
 
 def use_folder(folder: Path, out: Path) -> dict[str, Any]:
     """Check a Hugging Face folder and write its tokenizer; weights are copied only if the embedding has to grow."""
+    untrusted.check(folder)
     config = json.loads((folder / "config.json").read_text())
     tokenizer = load_tokenizer(folder)
     generation = folder / "generation_config.json"
     check_eos(tokenizer, config, json.loads(generation.read_text()) if generation.is_file() else None)
     tokenizer.save_pretrained(out / "tokenizer")
     if len(tokenizer) > config["vocab_size"]:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         model.resize_token_embeddings(len(tokenizer))
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")

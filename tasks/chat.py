@@ -16,7 +16,7 @@ from data_prep import conversation
 from data_prep.conversation import Message
 from data_prep.local_files import read_file
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
-from tasks import registered, tracking
+from tasks import registered, tracking, untrusted
 from tasks.base import resolve
 from tasks.tracking import Store
 from tasks.training.batches import at, chunks, left_padded, right_padded
@@ -41,6 +41,7 @@ class Speaker:
     def __init__(self, name: str, folder: Path, device: torch.device) -> None:
         disable_progress_bar()  # of loading, which would stand in the conversation
         self.name, self.device = name, device
+        untrusted.check(folder)
         self.tokenizer = load_tokenizer(folder)
         self.model = load_policy(folder).model.to(device, _dtype(device)).eval()
 
@@ -105,6 +106,7 @@ class Judge:
     """A reward model that scores answers; 0 is the mean of the preferred answers that it was evaluated on."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        untrusted.check(folder)
         self.device, self.tokenizer = device, load_tokenizer(folder)
         self.model = load_scalar(folder, self.tokenizer.pad_token_id).to(device, _dtype(device)).eval()
 

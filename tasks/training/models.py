@@ -131,8 +131,10 @@ def _load(
     auto_class: Any, folder: str | Path, may_miss: Iterable[str], may_be_left: Iterable[str] = (), **config_changes: Any
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the keys that its folder had no weights for: all of them match `may_miss`."""
-    config = without_dropout(AutoConfig.from_pretrained(folder, **config_changes))
-    model, report = auto_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
+    model, report = auto_class.from_pretrained(
+        folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
     missing = [key for key in report["missing_keys"] if not _matches(key, may_miss)]
     left_over = [key for key in report["unexpected_keys"] if not _matches(key, may_be_left)]
     if missing or left_over or report["mismatched_keys"]:

@@ -124,7 +124,17 @@ def test_the_demos_prompts_are_no_near_duplicates() -> None:
     assert len(set(labels_of(prompts).tolist())) > 0.98 * len(prompts)
 
 
-def test_buckets_larger_than_the_window_hang_together() -> None:
+def test_many_copies_hang_together() -> None:
     """Copies of one text that differ in their last word: every band of most is the same."""
-    made = [" ".join([*WORDS[:80], str(number)]) for number in range(4 * dedup.WINDOW)]
+    made = [" ".join([*WORDS[:80], str(number)]) for number in range(130)]
     assert set(labels_of(made).tolist()) == {0}
+
+
+def test_a_pair_is_found_however_many_others_share_its_only_band() -> None:
+    draw = np.random.default_rng(0)
+    made = draw.integers(0, 2**32, (400, dedup.PERMUTATIONS), dtype=np.uint32)
+    made[:, : dedup.ROWS] = 7  # all meet in the first band, and none is like another
+    made[390] = made[10]
+    made[390, dedup.ROWS :: dedup.ROWS] += 1  # but these two, which meet in no other band
+    labels = dedup.clusters(made)
+    assert [(i, j) for i, j in combinations(range(400), 2) if labels[i] == labels[j]] == [(10, 390)]

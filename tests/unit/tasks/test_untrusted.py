@@ -28,3 +28,8 @@ def test_a_model_that_brings_code_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}))
     with pytest.raises(ValueError, match=f"{name} names code of its own .auto_map., which is never run"):
         untrusted.check(folder)
+
+
+def test_code_that_nobody_needs_does_no_harm(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    untrusted.check(folder)

@@ -18,11 +18,13 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 
 from flows import automations, deployments, local
+from tasks.config import PromoteConfig
 
 
 def renew(client: SyncPrefectClient, known: UUID, name: str) -> None:
     """Makes the automations that watch over the runs of a deployment."""
-    automations.renew(client, known, name, model="counting", sources=[], on_events=False, blocks=[])
+    rest = {"model": "counting", "sources": [], "on_events": False, "blocks": [], "waits": PromoteConfig()}
+    automations.renew(client, known, name, **rest)
 
 
 def main(how: str, *arguments: str) -> None:

@@ -11,26 +11,31 @@ import time
 from pathlib import Path
 
 FOLDER, RANK = Path(sys.argv[1]), os.environ["RANK"]
-CHECKPOINT = FOLDER / f"checkpoint.{RANK}"
+CHECKPOINT = f"checkpoint.{RANK}"
 
 
 def main() -> None:
     """Counts ten a second, until the end or until it is stopped."""
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stops.append(number))
-    begin = int(CHECKPOINT.read_text()) if CHECKPOINT.exists() else None
+    begin = int((FOLDER / CHECKPOINT).read_text()) if (FOLDER / CHECKPOINT).exists() else None
     count = begin or 0
     while begin is None or count < begin + 3:
         count += 1
-        (FOLDER / f"counts.{RANK}").write_text(str(count))
+        write(f"counts.{RANK}", count)
         if stops:
-            draft = CHECKPOINT.with_suffix(".draft")
-            draft.write_text(str(count))
-            draft.replace(CHECKPOINT)
+            write(CHECKPOINT, count)
             print(f"rank {RANK} stopped at {count}")
             sys.exit(75)
         time.sleep(0.1)
-    (FOLDER / f"done.{RANK}").write_text(str(begin))
+    write(f"done.{RANK}", begin)
+
+
+def write(name: str, value: int | None) -> None:
+    """Whole or not at all: the test reads while we write."""
+    draft = FOLDER / f".{name}"
+    draft.write_text(str(value))
+    draft.replace(FOLDER / name)
 
 
 main()

@@ -11,6 +11,7 @@ nor on who is asked first; it may join two texts that are alike only through a t
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from datasketch import MinHash
@@ -79,11 +80,11 @@ def clusters(signatures: Signatures, within: NDArray[np.int64] | None = None) ->
     labels = np.arange(len(signatures))
     apart = np.zeros(len(labels), dtype=np.int64) if within is None else within
     for band in range(BANDS):
-        keys = _band_keys(signatures, band, apart)
-        labels = _compared(signatures, apart, labels, [_with_first(keys)])
+        buckets = _buckets(_band_keys(signatures, band, apart))
+        labels = _compared(signatures, apart, labels, [_with_first(buckets)])
         # Most buckets are of copies, which now are one; of the others every two are compared, so that a pair is found
         # whatever else there is: what is found among some of the texts is found among all.
-        labels = _compared(signatures, apart, labels, _every_two(keys, labels))
+        labels = _compared(signatures, apart, labels, _every_two(buckets, labels))
     return labels
 
 
@@ -129,20 +130,28 @@ def _band_keys(signatures: Signatures, band: int, apart: NDArray[np.int64]) -> N
     return key
 
 
-def _with_first(keys: NDArray[np.uint64]) -> Pairs:
+class Buckets(NamedTuple):
+    """Places in the order of their keys, where each key begins in that order, and how many places have it."""
+
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def _with_first(buckets: Buckets) -> Pairs:
     """Each place with the first that has its key."""
-    order, starts, sizes = _buckets(keys)
-    rest = np.setdiff1d(np.arange(len(keys)), starts, assume_unique=True)
+    order, starts, sizes = buckets
+    rest = np.setdiff1d(np.arange(len(order)), starts, assume_unique=True)
     return order[np.repeat(starts, sizes)[rest]], order[rest]
 
 
-def _every_two(keys: NDArray[np.uint64], labels: NDArray[np.int64]) -> Iterator[Pairs]:
+def _every_two(buckets: Buckets, labels: NDArray[np.int64]) -> Iterator[Pairs]:
     """Every two places with the same key, of the keys whose places have several labels."""
-    order, starts, sizes = _buckets(keys)
-    if not len(keys):
+    order, starts, sizes = buckets
+    if not len(order):
         return
     several = np.minimum.reduceat(labels[order], starts) != np.maximum.reduceat(labels[order], starts)
-    rank = np.arange(len(keys)) - np.repeat(starts, sizes)
+    rank = np.arange(len(order)) - np.repeat(starts, sizes)
     places = np.flatnonzero(np.repeat(several, sizes) & (rank > 0))
     for step in range(1, int(sizes.max())):
         places = places[rank[places] >= step]
@@ -151,11 +160,10 @@ def _every_two(keys: NDArray[np.uint64], labels: NDArray[np.int64]) -> Iterator[
         yield order[places - step], order[places]
 
 
-def _buckets(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Places in the order of their keys, where each key begins in that order, and how many places have it."""
+def _buckets(keys: NDArray[np.uint64]) -> Buckets:
     order = np.argsort(keys, kind="stable")
     _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
-    return order, starts, sizes
+    return Buckets(order, starts, sizes)
 
 
 def _parts(first: NDArray[np.int64], second: NDArray[np.int64]) -> Iterator[Pairs]:

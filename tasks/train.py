@@ -27,13 +27,20 @@ def _is_worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
     return isinstance(state.data, StageFailed) and state.data.again
 
 
+TRAINED: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [5, 60],
+    "retry_condition_fn": _is_worth_another_try,
+    **STAGE,
+}
+EVALUATED: dict[str, Any] = {**TRAINED, "retries": 1, "retry_delay_seconds": 5}
+"""Options of the tasks that train, and of those that only answer and score."""
+
+
 @task(
     name="sft",
     task_run_name="SFT: train the policy",
-    retries=2,
-    retry_delay_seconds=[5, 60],
-    retry_condition_fn=_is_worth_another_try,
-    **STAGE,
+    **TRAINED,
 )
 def sft(run: Run, refs: Refs) -> Any:
     """The policy, fine-tuned on preferred answers."""
@@ -43,10 +50,7 @@ def sft(run: Run, refs: Refs) -> Any:
 @task(
     name="reward",
     task_run_name="reward model: train",
-    retries=2,
-    retry_delay_seconds=[5, 60],
-    retry_condition_fn=_is_worth_another_try,
-    **STAGE,
+    **TRAINED,
 )
 def reward(run: Run, refs: Refs) -> Any:
     """The reward model, trained on pairs."""
@@ -56,10 +60,7 @@ def reward(run: Run, refs: Refs) -> Any:
 @task(
     name="gold",
     task_run_name="gold reward model: train",
-    retries=2,
-    retry_delay_seconds=[5, 60],
-    retry_condition_fn=_is_worth_another_try,
-    **STAGE,
+    **TRAINED,
 )
 def gold(run: Run, refs: Refs) -> Any:
     """A second reward model, trained on pairs of its own, that PPO never sees."""
@@ -69,10 +70,7 @@ def gold(run: Run, refs: Refs) -> Any:
 @task(
     name="ppo",
     task_run_name="PPO: train policy and critic",
-    retries=2,
-    retry_delay_seconds=[5, 60],
-    retry_condition_fn=_is_worth_another_try,
-    **STAGE,
+    **TRAINED,
 )
 def ppo(run: Run, refs: Refs) -> Any:
     """The policy, trained with PPO on the reward model's score."""
@@ -82,10 +80,7 @@ def ppo(run: Run, refs: Refs) -> Any:
 @task(
     name="evaluate",
     task_run_name="evaluate: PPO against SFT",
-    retries=1,
-    retry_delay_seconds=5,
-    retry_condition_fn=_is_worth_another_try,
-    **STAGE,
+    **EVALUATED,
 )
 def evaluate(run: Run, refs: Refs) -> Any:
     """Answers of SFT and PPO to held-out prompts, compared in pairs."""
@@ -95,10 +90,7 @@ def evaluate(run: Run, refs: Refs) -> Any:
 @task(
     name="compare",
     task_run_name="compare: candidate against champion",
-    retries=1,
-    retry_delay_seconds=5,
-    retry_condition_fn=_is_worth_another_try,
-    **STAGE,
+    **EVALUATED,
 )
 def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
     """Answers of the candidate and of the present champion, compared in pairs."""

@@ -7,7 +7,7 @@ import typer
 
 from flows.cli import console
 from flows.cli.errors import Debug
-from flows.cli.models import WORKSPACE, Workspace, existing_store
+from flows.cli.models import WORKSPACE, Workspace, needed_store
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -35,9 +35,7 @@ def lineage(
         raise ValueError("give a model version, such as models:/chat-policy@champion, or --impact SET@REVISION")
     if out is not None and out.suffix not in (".svg", ".html", ".json"):
         raise ValueError(f"--out {out}: name a file that ends in .svg, .html or .json")
-    store = existing_store(workspace)
-    if store is None:
-        raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")
+    store = needed_store(workspace)
     if impact is not None:
         _show_impact(store, impact)
     elif model is not None:

@@ -82,7 +82,7 @@ def promote(
     from tasks import promote as promoting
     from tasks import tracking
 
-    store = _store(workspace)
+    store = needed_store(workspace)
     policy = promoting.resolve(store, name)  # what is wrong with the request shows before a server starts
     tracking.find_version(store, policy, version)
     _moved("promotion", policy, version, workspace, why, debug)
@@ -93,7 +93,7 @@ def rollback(name: Name, why: Why = "", workspace: Workspace = WORKSPACE, debug:
     from tasks import promote as promoting
     from tasks import tracking
 
-    store = _store(workspace)
+    store = needed_store(workspace)
     policy = promoting.resolve(store, name)
     champion = tracking.alias(store, policy, tracking.CHAMPION)
     if champion is None:
@@ -105,7 +105,7 @@ def compare(first: Named, second: Named, workspace: Workspace = WORKSPACE, debug
     """Show two registered versions side by side: what was measured of them, and what was different in their making."""
     from tasks import difference, lineage, tracking
 
-    store = _store(workspace)
+    store = needed_store(workspace)
     versions = [tracking.named_version(store, name) for name in (first, second)]
     titles = [f"{version.name} {version.version}" for version in versions]
     aliases = [", ".join(version.aliases) or "none" for version in versions]
@@ -129,7 +129,8 @@ def _moved(flow: str, policy: str, version: int, workspace: Path, why: str, debu
     console.console.print(verdict.reason, soft_wrap=True)
 
 
-def _store(workspace: Path) -> "Store":
+def needed_store(workspace: Path) -> "Store":
+    """The store of a workspace. Raises ValueError if it has none."""
     store = existing_store(workspace)
     if store is None:
         raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")

@@ -7,7 +7,7 @@ import typer
 
 from flows.cli import console
 from flows.cli.errors import Debug
-from flows.cli.models import WORKSPACE, Workspace, existing_store
+from flows.cli.models import WORKSPACE, Workspace, needed_store
 
 
 def prune(
@@ -26,9 +26,7 @@ def prune(
     """Remove stages, checkpoints and copies that no registered version was made from. Shows first what would go."""
     from tasks import prune as pruning
 
-    store = existing_store(workspace)
-    if store is None:
-        raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")
+    store = needed_store(workspace)
     planned = pruning.plan(store, keep)
     groups: dict[tuple[str, str], list[pruning.Removal]] = defaultdict(list)
     for removal in planned.removals:

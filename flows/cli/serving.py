@@ -9,7 +9,7 @@ import typer
 
 from flows.cli import console
 from flows.cli.errors import Debug
-from flows.cli.models import WORKSPACE, Workspace, existing_store
+from flows.cli.models import WORKSPACE, Workspace, needed_store
 
 if TYPE_CHECKING:
     from tasks.serving import Target
@@ -29,9 +29,7 @@ def serve_model(
     from infra import servers
     from tasks import serving
 
-    store = existing_store(workspace)
-    if store is None:
-        raise ValueError(f"there is no MLflow store in {workspace}; give the workspace of the run with --workspace")
+    store = needed_store(workspace)
     serves = serving.target(store, model)
     name = serves.version.name
     log = workspace / "logs" / "model-server.log"

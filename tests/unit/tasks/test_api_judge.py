@@ -61,7 +61,7 @@ def completion(text: str) -> dict[str, Any]:
 
 def answers_in(body: dict[str, Any]) -> tuple[str, str]:
     text = body["messages"][1]["content"]
-    first, second = (text.split(f"Assistant {name}'s Answer]\n")[1].split("\n[The End")[0] for name in "AB")
+    first, second = (text.split(f"<answer-{name}>\n")[1].split(f"\n</answer-{name}>")[0] for name in "ab")
     return first, second
 
 

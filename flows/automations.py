@@ -120,14 +120,18 @@ def _of(deployment_id: UUID) -> dict[str, str]:
 
 
 def _at(expect: set[str], match: dict[str, str | list[str]], related: dict[str, str] | None = None) -> EventTrigger:
-    """A trigger that fires at every one of these events."""
+    """A trigger that fires at these events, at most once a second for the same run, set or model.
+
+    A server whose database was busy goes through an event again, and would act again.
+    """
     return EventTrigger(
         expect=expect,
         match=match,
         match_related=related or {},
+        for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,
-        within=timedelta(0),
+        within=timedelta(seconds=1),
     )
 
 

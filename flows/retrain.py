@@ -18,6 +18,7 @@ from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.alone import alone
 from flows.approval import consent
 from flows.prepare import preparation
 from flows.promotion import promotion
@@ -108,8 +109,12 @@ def retrain(
         raise RuntimeError(
             f"The run was started {MOST_TRIES} times without coming to its end; mend that, start another."
         )
+    with alone(dag.workspace(config), str(flow_run.id)):
+        return _retrained(config, Choice(from_stage, until, force), only_if_new)
+
+
+def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result | State[None]":
     workspace, name = dag.workspace(config), str(flow_run.name)
-    choice = Choice(from_stage, until, force)
     waiting = approval.read(workspace, str(flow_run.id))  # this run was suspended, and comes back with an answer
     if waiting is None:
         config = registered.pinned(config)

@@ -5,10 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from prefect import flow
@@ -214,6 +216,18 @@ def test_a_block_that_is_not_there_is_named_before_anything_is_deployed(
         with pytest.raises(ConfigError, match=f"--notify {slug}: .* there are custom-webhook/.*team; make one"):
             deployments.deploy(replace(request_, name="never", notify=(slug,)))
     assert client.read_deployments(deployment_filter=DeploymentFilter(name={"any_": ["never"]})) == []
+
+
+def test_the_runs_of_a_schedule_are_there_before_they_are_due(
+    client: SyncPrefectClient, request_: deployments.Request
+) -> None:
+    asked = replace(request_, name="scheduled", cron="0 2 * * *", timezone="Europe/Berlin", notify=(), on_events=False)
+    known = deployments.deploy(asked)
+    wait_for(lambda: runs(client, known))
+    berlin = ZoneInfo("Europe/Berlin")
+    due = sorted(run.expected_start_time.astimezone(berlin) for run in runs(client, known))
+    assert {(time.hour, time.minute) for time in due} == {(2, 0)}
+    assert 0 < (due[0] - datetime.now(berlin)).total_seconds() <= 25 * 3600
 
 
 @pytest.mark.parametrize(

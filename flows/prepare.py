@@ -1,7 +1,7 @@
 """The subflow that prepares the data: raw sets in, token ids out, and the base model whose tokenizer makes them."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import Flow, flow, unmapped
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
@@ -14,6 +14,10 @@ from tasks.stages import StageRef
 from tasks.steps import Run, open_run
 
 Refs = dict[str, StageRef]
+if TYPE_CHECKING:
+    Formless = RunConfig
+else:
+    Formless = Any  # nobody starts a subflow by a form, which Prefect takes a tenth of a second at import to make
 
 
 def preparation(config: RunConfig) -> Flow[[RunConfig, Choice, str], Refs]:
@@ -28,7 +32,7 @@ def preparation(config: RunConfig) -> Flow[[RunConfig, Choice, str], Refs]:
 
 
 @flow(name="prepare", flow_run_name="prepare {config.name}", persist_result=False, validate_parameters=False)
-def prepare_data(config: RunConfig, choice: Choice, run_id: str) -> Refs:
+def prepare_data(config: Formless, choice: Choice, run_id: str) -> Refs:
     """Prepare the data of a run, up to `choice.until`.
 
     Args:

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 TEMPLATES = Path(__file__).with_name("pages")
 
 
 def render(template: str, **values: Any) -> str:
     """A template of `tasks/pages/` with its values; `written` is the time."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # not needed until a run ends
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -42,6 +42,7 @@ from tasks import (
     steps,
     tracking,
     train,
+    unfinished,
 )
 from tasks.approval import Waiting
 from tasks.config import RunConfig
@@ -149,9 +150,12 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     except BaseException as error:
         with suppress(Exception):  # the cause is to be seen, not that the store is down as well
             tracking.end_run(store, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        if isinstance(error, Exception):
+            unfinished.forget(workspace, str(flow_run.id))
         raise
     tracking.end_run(store, run_id, "FINISHED")
     approval.forget(workspace, str(flow_run.id))
+    unfinished.forget(workspace, str(flow_run.id))
     return result
 
 

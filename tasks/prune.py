@@ -1,6 +1,7 @@
 """Clears a workspace: which stage directories nothing needs any more, and their removal.
 
-Needed is what a registered version was made from (its lineage record) and where it lies itself. Everything else is
+Needed is what a registered version was made from (its lineage record) and where it lies itself, and what a crashed run
+of a deployment, which starts again by itself, has come to (`tasks.unfinished`). Everything else is
 either work that was never registered, an unfinished stage with its checkpoints, or a copy that can be fetched again
 (`champion/`). While a run is going on nothing is removed: it may be about to read what looks unused.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tasks import lineage, tracking
+from tasks import lineage, tracking, unfinished
 from tasks.dag import STAGES
 from tasks.stages import MANIFEST, read_manifest
 from tasks.tracking import Store, Version
@@ -41,6 +42,8 @@ class Plan:
     versions: list[Version]
     """Registered versions beyond those to keep."""
     removals: list[Removal]
+    spared: int = 0
+    """Stage directories that stay for runs alone that have not come to their end."""
 
     @property
     def size(self) -> int:
@@ -62,7 +65,9 @@ def plan(store: Store, keep: int | None = None) -> Plan:
     workspace = Path(store.workspace)
     needed = set(_needed(store, kept))
     candidates = [folder for stage in FOLDERS for folder in sorted((workspace / stage).glob("*/"))]
-    unused = [folder for folder in candidates if folder.resolve() not in needed]
+    unregistered = [folder for folder in candidates if folder.resolve() not in needed]
+    going_on = unfinished.needed(workspace)
+    unused = [folder for folder in unregistered if folder.resolve() not in going_on]
     gone = {(stat.st_dev, stat.st_ino): stat.st_nlink for folder in unused for stat in _stats(folder)}
     links: dict[tuple[int, int], int] = {}
     removals = []
@@ -74,7 +79,7 @@ def plan(store: Store, keep: int | None = None) -> Plan:
             if links[place] == gone[place]:  # the last name of the file
                 size += stat.st_size
         removals.append(Removal(folder, _why(folder), size))
-    return Plan(dropped, removals)
+    return Plan(dropped, removals, spared=len(unregistered) - len(unused))
 
 
 def carry_out(store: Store, planned: Plan) -> None:

@@ -20,7 +20,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 
 from infra.gpu import GpuInfrastructure, resolve
-from tasks import assets, dag, launched, lineage, stages, tracking
+from tasks import assets, dag, events, launched, lineage, stages, tracking, unfinished
 from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice, Node
 from tasks.headlines import headline
@@ -86,7 +86,10 @@ def make(run: Run, key: str, refs: Mapping[str, StageRef], work: Work | None = N
     """
     node = run.graph[key]
     watcher().started(key)
-    ref = _finished_or_made(run, node, dag.stage(run.config, node, refs), work)
+    stage = dag.stage(run.config, node, refs)
+    if events.sender() != events.NOWHERE:  # a deployment's run is started again by Prefect if it crashes
+        unfinished.note(stage.workspace, run.origin["flow_run_id"], stage.directory)
+    ref = _finished_or_made(run, node, stage, work)
     watcher().finished(key, ref)
     assets.materialised(ref, [refs[name] for name in node.inputs.values()], node.config)
     page, figure = stage_page(run, key, ref, refs), headline(ref.stage, ref.metrics)

@@ -38,8 +38,13 @@ def prune(
     lines += [
         (version.name, f"version {version.version}", "", "beyond --keep, no alias") for version in planned.versions
     ]
+    if planned.spared:
+        console.console.print(
+            f"{planned.spared} stage directories stay for a deployment's run that has not come to its end."
+        )
     if not lines:
-        console.console.print("Nothing to remove: every stage in the workspace is behind a registered version.")
+        behind = "a registered version" + (" or such a run" if planned.spared else "")
+        console.console.print(f"Nothing to remove: every stage in the workspace is behind {behind}.")
         return
     console.console.print(
         console.table(("stage", "directories", "frees", "why"), lines, right=("directories", "frees"))

@@ -38,10 +38,14 @@ def test_a_killed_run_goes_on_from_its_checkpoint(served: Any, folder: Path, pre
     served.wait_for(lambda: list((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json")), 300)
     (flow,) = processes_with("PREFECT__FLOW_RUN_ID", run_id)[:1]
     os.kill(flow, signal.SIGKILL)
+    kept = folder / "workspace" / "unfinished" / run_id  # what `rlhf prune` spares meanwhile
+    noted = {line.split("/")[0] for line in kept.read_text().splitlines()}
+    assert noted >= {"base", "tokenise", "sft", "reward", "ppo"}
     served.wait_for(lambda: run_of(prefect_api, run_id)["state_type"] == "COMPLETED", 400)
     assert run_of(prefect_api, run_id)["run_count"] == 2
     ended = [name for name in names(prefect_api, run_id) if name in ("Crashed", "Rescheduled", "Completed")]
     assert ended == ["Crashed", "Rescheduled", "Completed"]
+    assert not kept.exists()
     (directory,) = (folder / "workspace" / "ppo").glob("*/manifest.json")
     rows = (directory.parent / "records" / "metrics.jsonl").read_text().splitlines()
     assert len({json.loads(row)["step"] for row in rows}) == 8

@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tasks import lineage, prune, tracking
+from tasks import lineage, prune, tracking, unfinished
 from tasks.stages import Stage, run
 
 
@@ -117,6 +117,28 @@ def test_an_alias_that_moves_meanwhile_saves_its_version(store):
     with pytest.raises(ValueError, match="chat-policy version 1 is champion now"):
         prune.carry_out(store, planned)
     assert left(store)[4] == 2
+
+
+def test_what_a_crashed_run_goes_on_from_stays_until_the_run_ends_or_is_given_up(store):
+    workspace = Path(store.workspace)
+    sft = made(store, "sft", {"base": made(store, "base")}, seed=1)
+    stopped = workspace / "ppo" / "0123456789abcdef"
+    (stopped / "checkpoints").mkdir(parents=True)
+    made(store, "sft", seed=2)  # another run's
+    for directory in (sft.directory, stopped):
+        unfinished.note(workspace, "a-run", directory)
+    planned = prune.plan(store)
+    assert planned.spared == 2
+    prune.carry_out(store, planned)
+    assert left(store)[:3] == [0, 1, 1]
+    path = workspace / "unfinished" / "a-run"
+    week_ago = path.stat().st_mtime - 7.1 * 24 * 3600
+    os.utime(path, (week_ago, week_ago))
+    assert len(prune.plan(store).removals) == 2
+    os.utime(path)
+    assert prune.plan(store).removals == []
+    unfinished.forget(workspace, "a-run")
+    assert len(prune.plan(store).removals) == 2
 
 
 def hold(workspace: str, ready, done) -> None:

@@ -59,6 +59,10 @@ ANSWERS: dict[str, dict[str, str]] = {
 }
 
 
+Trusted = tuple[str | Path, bool]
+"""A tokenizer's folder, and whether code that it brings may run."""
+
+
 class Limits(NamedTuple):
     prompt: int
     answer: int
@@ -71,6 +75,7 @@ def tokenise(
     max_answer_tokens: int,
     out: Path,
     mapped: Mapper = map,
+    trusted: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Write {phase}-{side}.arrow (`SCHEMAS`) for every {phase}-{side}.arrow of `split_dir`.
 
@@ -78,9 +83,9 @@ def tokenise(
     prompt_too_long, answer_too_long, conversation_too_long, special_token (a text spells one out), identical (two
     answers with the same ids), duplicate (PPO's prompts and SFT's answers come once), outranked (SFT: an answer that
     another pair rejects; of a prompt's ranked answers, only the best is learnt).  mapped: `map`, or another that makes
-    the ids of many rows elsewhere, where `tokenizer_dir` is there too.  Returns {phase: {side: {"rows_in", "kept",
-    "drops", "tokens": {column: {"mean", "p50", "p90", "p99", "max", "sum"}}}}}.  ValueError where nothing of a file is
-    left.
+    the ids of many rows elsewhere, where `tokenizer_dir` is there too.  trusted: code that the tokenizer brings may
+    run.  Returns {phase: {side: {"rows_in", "kept", "drops", "tokens": {column: {"mean", "p50", "p90", "p99", "max",
+    "sum"}}}}}.  ValueError where nothing of a file is left.
     """
     limits = Limits(max_prompt_tokens, max_answer_tokens)
     every = [(phase, side, f"{phase}-{side}.arrow") for phase in PHASES for side in SIDES]
@@ -89,7 +94,7 @@ def tokenise(
         raise ValueError(f"The folder {split_dir} holds no split tables: run the split step first.")
     metrics: dict[str, dict[str, Any]] = {}
     for phase, side, name in files:
-        counts = _tokenise_file(split_dir / name, phase, tokenizer_dir, limits, out / name, mapped)
+        counts = _tokenise_file(split_dir / name, phase, (tokenizer_dir, trusted), limits, out / name, mapped)
         metrics.setdefault(phase, {})[side] = counts
         _check_left(phase, side, counts, limits)
     return metrics
@@ -105,14 +110,14 @@ def _check_left(phase: str, side: str, counts: dict[str, Any], limits: Limits) -
 
 
 def _tokenise_file(
-    path: Path, phase: str, tokenizer_dir: str | Path, limits: Limits, out: Path, mapped: Mapper
+    path: Path, phase: str, tokenizer: Trusted, limits: Limits, out: Path, mapped: Mapper
 ) -> dict[str, Any]:
     drops: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {column: [] for column in ("prompt", *ANSWERS[phase])}
     waiting: deque[list[dict[str, Any]]] = deque()
     rows_in = 0
 
-    def fresh_batches() -> Iterator[tuple[str, str | Path, list[dict[str, Any]]]]:
+    def fresh_batches() -> Iterator[tuple[str, Trusted, list[dict[str, Any]]]]:
         nonlocal rows_in
         seen: set[bytes] = set()
         worse = _rejected(path) if phase == "sft" else frozenset()
@@ -125,7 +130,7 @@ def _tokenise_file(
             fresh = [row for row in good if not _is_repeated(phase, row, seen)]
             drops["duplicate"] += len(good) - len(fresh)
             waiting.append(fresh)
-            yield phase, tokenizer_dir, fresh
+            yield phase, tokenizer, fresh
 
     with table_writer(out, SCHEMAS[phase]) as writer:
         for encoded in mapped(_encode_batch, fresh_batches()):
@@ -180,13 +185,13 @@ Ids = dict[str, list[int]]
 Spans = list[dict[str, int]]
 
 
-def _encode_batch(batch: tuple[str, str | Path, list[dict[str, Any]]]) -> list[tuple[Ids | None, Spans]]:
+def _encode_batch(batch: tuple[str, Trusted, list[dict[str, Any]]]) -> list[tuple[Ids | None, Spans]]:
     """Token ids by column for each row, None where a text holds a special token, and the spans that are not learnt.
 
-    Equal texts are tokenised once.  batch: the phase, the tokenizer's folder, and rows.
+    Equal texts are tokenised once.  batch: the phase, the tokenizer's folder with whether it is trusted, and rows.
     """
-    phase, folder, rows = batch
-    tokenizer = _loaded(folder)
+    phase, (folder, trusted), rows = batch
+    tokenizer = _loaded(folder, trusted)
     texts = [_texts(row, phase, tokenizer) for row in rows]
     unique = list(dict.fromkeys(text for row in texts if row for column in row.values() for text in column))
     ids = dict(zip(unique, encode(tokenizer, unique), strict=True))
@@ -194,9 +199,9 @@ def _encode_batch(batch: tuple[str, str | Path, list[dict[str, Any]]]) -> list[t
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: str | Path) -> PreTrainedTokenizerBase:
+def _loaded(folder: str | Path, trusted: bool) -> PreTrainedTokenizerBase:
     """Once in each process that makes ids."""
-    return load_tokenizer(folder)
+    return load_tokenizer(folder, trusted)
 
 
 def _joined(texts: dict[str, list[str]], ids: Mapping[str, list[int]]) -> tuple[Ids, Spans]:

@@ -16,14 +16,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 NEW_PAD = "<|pad|>"
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder, or of a model on the hub, made fit for training.
 
     It gets a pad token that is not EOS, and `HUMAN_ASSISTANT_TEMPLATE` where it has no chat template.  Where no unused
-    token can be the pad, `<|pad|>` is added, so `len(tokenizer)` may be more than the model's vocabulary.  ValueError
-    for a folder without a tokenizer, or a tokenizer without EOS.
+    token can be the pad, `<|pad|>` is added, so `len(tokenizer)` may be more than the model's vocabulary.  Code that
+    the folder brings runs only if it is `trusted`.  ValueError for a folder without a tokenizer, or a tokenizer without
+    EOS.
     """
-    tokenizer = _load(str(folder))
+    tokenizer = _load(str(folder), trusted)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {folder} has no EOS token: name one in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -33,14 +34,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(name: str) -> PreTrainedTokenizerBase:
+def _load(name: str, trusted: bool) -> PreTrainedTokenizerBase:
     if Path(name).is_dir():
         if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
             raise ValueError(f"The folder {name} holds no tokenizer: copy the model's tokenizer files into it.")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no folder {name}: correct the model's path.")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
     except Exception as error:  # of a damaged file, its readers raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -101,15 +101,22 @@ def _text(spec: TextSpec, file: Path, table: pa.Table) -> pa.Table:
 
 
 def chunk(
-    raw: Path, tokenizer_dir: Path, size: int, document_start: str | None, eval_fraction: float, out: Path
+    raw: Path,
+    tokenizer_dir: Path,
+    size: int,
+    document_start: str | None,
+    eval_fraction: float,
+    out: Path,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Write ptx-train.arrow and ptx-eval.arrow (`CHUNK_SCHEMA`), `size` tokens a row, from the texts in `raw`.
 
     document_start: see `documents`.  eval_fraction: of the documents, by their hash, where `raw` has no eval texts.
+    trusted: whether code that the tokenizer brings may run.
     Returns {side: {"documents", "chunks", "drops", "tokens"}}; drops: special_token (a text spells one out), empty, and
     the tokens left_over.  ValueError where the train texts fill no chunk.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir, trusted)
     own = (raw / "eval").is_dir()
     counts = {}
     for side in SIDES:

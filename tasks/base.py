@@ -41,7 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     model = job.config["model"]
     if isinstance(model, dict):
         return make_tiny(TinyModel.model_validate(model), job.config["seed"], job.inputs["split"], job.directory)
-    return use_folder(resolve(model, job.config.get("revision")), job.directory)
+    return use_folder(resolve(model, job.config.get("revision")), job.directory, job.trusts("model"))
 
 
 def make_tiny(shape: TinyModel, seed: int, split: Path, out: Path) -> dict[str, Any]:
@@ -122,16 +122,19 @@ def resolve(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def use_folder(folder: Path, out: Path) -> dict[str, Any]:
-    """Check a Hugging Face folder and write its tokenizer; weights are copied only if the embedding has to grow."""
-    untrusted.check(folder)
+def use_folder(folder: Path, out: Path, trusted: bool = False) -> dict[str, Any]:
+    """Check a Hugging Face folder and write its tokenizer; weights are copied only if the embedding has to grow.
+
+    Code that the folder brings runs only if it is `trusted`.
+    """
+    untrusted.check(folder, trusted)
     config = json.loads((folder / "config.json").read_text())
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trusted)
     generation = folder / "generation_config.json"
     check_eos(tokenizer, config, json.loads(generation.read_text()) if generation.is_file() else None)
     tokenizer.save_pretrained(out / "tokenizer")
     if len(tokenizer) > config["vocab_size"]:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted, use_safetensors=True)
         model.resize_token_embeddings(len(tokenizer))
         model.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")

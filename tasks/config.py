@@ -192,10 +192,15 @@ class ModelsConfig(Section):
     """The base of the policy: a Hugging Face folder, a hub name, a registered model such as
     models:/chat-policy@champion, or the shape of a tiny model to start from scratch."""
     policy_revision: str | None = None
+    policy_trust_remote_code: bool = False
+    """Code that this model brings may run, also where what it becomes is loaded; else the model is refused or, where
+    transformers knows its architecture, the code left alone."""
     reward: str | None = None
     """The base of reward model and critic, named likewise; None: the SFT model. Its tokenizer must be the policy's; a
     reward model keeps its head."""
     reward_revision: str | None = None
+    reward_trust_remote_code: bool = False
+    """The same of `reward`."""
 
 
 DEEPSPEED_KEYS: Mapping[str, str] = {

@@ -7,7 +7,7 @@ times of local input files. What of a stage's identity is known only once its in
 
 import difflib
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def graph(config: RunConfig) -> dict[str, Node]:
     Raises ConfigError for local input that is not there: it is cheaper to say so before any work.
     """
     nodes = [*_base_first(config), *_sources(config), *_data(config), *_training(config)]
-    return {node.key: node for node in nodes}
+    trusted = _trusted(config)
+    return {node.key: _trusting(node, trusted) for node in nodes}
 
 
 def workspace(config: RunConfig) -> Path:
@@ -154,7 +155,28 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
         **_gold_role(config),
     }
     inputs = {role: refs[key] for role, key in roles.items()} | {"champion": champion}
-    return Stage("compare", workspace(config), _evaluation(config), inputs, EVALUATION)
+    trusted = _trusted(config)
+    roles["champion"] = "ppo"  # as far as its code is the candidate's (`tasks.evaluate`)
+    node = _trusting(Node("compare", "compare", _evaluation(config), roles, EVALUATION), trusted)
+    return Stage("compare", workspace(config), node.config, inputs, EVALUATION)
+
+
+def _trusted(config: RunConfig) -> set[str]:
+    """Keys of the stages whose model may bring code that runs: the bases that the config says it of, and what they
+    become."""
+    models = config.models
+    keys = {"base", "sft", "ppo"} if models.policy_trust_remote_code else set()
+    if models.reward is not None and models.reward_trust_remote_code:
+        keys.add("reward-base")
+    keys |= {"reward"} if _reward_base(config) in keys else set()
+    return keys | ({"gold"} if _gold_base(config) in keys else set())
+
+
+def _trusting(node: Node, trusted: Container[str]) -> Node:
+    """The node, its config with the roles whose model's code may run (`Job.trusts`), where there are any."""
+    roles = [role for role, key in node.inputs.items() if key in trusted]
+    roles += ["model"] if node.stage == "base" and node.key in trusted else []
+    return replace(node, config={**node.config, "trusted": sorted(roles)}) if roles else node
 
 
 def _base_first(config: RunConfig) -> list[Node]:
@@ -324,20 +346,16 @@ def _training(config: RunConfig) -> list[Node]:
     """The stages that run in the worker on the infrastructure of the run."""
     common = {"seed": config.seed}
     answers = {"max_answer_tokens": config.data.max_answer_tokens}
-    reward_base = "reward-base" if config.models.reward is not None else "sft"
     sft = {"sft": config.sft.model_dump(mode="json"), **common}
     reward = {"reward": config.reward.model_dump(mode="json"), **common}
     ppo = {"ppo": config.ppo.model_dump(mode="json"), **common, **answers}
     data = {"data": "tokenise", "split": "split"}
     text = {"text": "ptx"} if config.ppo.ptx_coef > 0 else {}
     gold = {"gold": config.gold.model_dump(mode="json"), "seed": config.seed + 1, "phase": "judge"}
-    # One that starts from a registered reward model would share its errors, which is what it is to show.
-    is_registered = str(config.models.reward_revision).startswith("models:/")
-    gold_base = "sft" if is_registered else reward_base
     return [
         _trained("sft", sft, {**data, "base": "base"}),
-        _trained("reward", reward, {**data, "base": reward_base}),
-        *([_gold(gold, {**data, "base": gold_base})] if config.has_gold else []),
+        _trained("reward", reward, {**data, "base": _reward_base(config)}),
+        *([_gold(gold, {**data, "base": _gold_base(config)})] if config.has_gold else []),
         _trained("ppo", ppo, {**data, **text, "sft": "sft", "reward": "reward"}),
         Node(
             "evaluate",
@@ -349,6 +367,15 @@ def _training(config: RunConfig) -> list[Node]:
         ),
         *([_verdicts(config, "evaluate")] if config.evaluate.api_judge is not None else []),
     ]
+
+
+def _reward_base(config: RunConfig) -> str:
+    return "reward-base" if config.models.reward is not None else "sft"
+
+
+def _gold_base(config: RunConfig) -> str:
+    # One that starts from a registered reward model would share its errors, which is what it is to show.
+    return "sft" if str(config.models.reward_revision).startswith("models:/") else _reward_base(config)
 
 
 def verdicts_on(config: RunConfig, answers: StageRef) -> Stage:

@@ -27,6 +27,7 @@ from data_prep.splits import EVAL_KEYS
 from data_prep.tables import iter_rows, read_table
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids, same_tokens
 from data_prep.trained import trained_on
+from tasks import untrusted
 from tasks.compared import PROXY, SCORERS, comparison, measured
 from tasks.config import EvaluateConfig
 from tasks.diversity import repetition
@@ -47,27 +48,29 @@ TEXTS = "texts.jsonl"
 def run(job: Job) -> dict[str, Any]:
     """Answer, score, compare; writes answers.jsonl and texts.jsonl. Returns the figures of `tasks.compared`."""
     config = EvaluateConfig.model_validate(job.config["evaluate"])
-    tokenizer = load_tokenizer(job.inputs["tokenizer"])
+    tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base") or job.trusts("sft"))
     prompts = held_out_prompts(job, config.prompts)
     scorers = {
-        role: load_scalar(job.inputs[role], tokenizer.pad_token_id).to(job.device, DTYPES[config.precision]).eval()
+        role: load_scalar(job.inputs[role], tokenizer.pad_token_id, trusted=job.trusts(role))
+        .to(job.device, DTYPES[config.precision])
+        .eval()
         for role in SCORERS
         if role in job.inputs
     }
     if job.stage == "compare":
         ours = [json.loads(line) for line in (job.inputs["evaluate"] / ANSWERS).read_text().splitlines()]
         rows = [{"prompt": row["prompt"], "source": row["source"], **_only(row, "ppo")} for row in ours]
-        champion = load_tokenizer(job.inputs["champion"])
+        champion = load_tokenizer(job.inputs["champion"], _trusts(job, "champion"))
         names = {"champion": tokenizer if same_tokens(champion, tokenizer) else champion}
         pair, panel = ("ppo", "champion"), Panel(scorers, tokenizer, None)
     else:
         rows = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
         names = {name: tokenizer for name in ("sft", "ppo", "ema") if name in job.inputs}
-        pair, panel = ("ppo", "sft"), Panel(scorers, tokenizer, _policy(job.inputs["sft"], job, config))
+        pair, panel = ("ppo", "sft"), Panel(scorers, tokenizer, _policy("sft", job, config))
     chunks_of_text = held_out_text(job, config.text_chunks)
     texts: list[dict[str, float]] = [{} for _ in chunks_of_text]
     for place, (name, own) in enumerate(names.items()):
-        contestant = Contestant(name, _policy(job.inputs[name], job, config), own)
+        contestant = Contestant(name, _policy(name, job, config), own)
         columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         losses = text_losses(contestant.policy, chunks_of_text, config.batch_size, job.device)
@@ -284,8 +287,19 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _policy(folder: Path, job: Job, config: EvaluateConfig) -> Policy:
-    policy: nn.Module = load_policy(folder).to(job.device, DTYPES[config.precision]).eval()
+def _trusts(job: Job, name: str) -> bool:
+    """Whether a policy's code may run; a champion's only if it is the candidate's, or it is refused."""
+    if name != "champion":
+        return job.trusts("ppo" if name == "ema" else name)
+    folder = job.inputs["champion"]
+    trusted = job.trusts("champion") and untrusted.code(folder) == untrusted.code(job.inputs["candidate"])
+    untrusted.check(folder, trusted)
+    return trusted
+
+
+def _policy(name: str, job: Job, config: EvaluateConfig) -> Policy:
+    loaded = load_policy(job.inputs[name], _trusts(job, name))
+    policy: nn.Module = loaded.to(job.device, DTYPES[config.precision]).eval()
     assert isinstance(policy, Policy)
     return policy
 

@@ -167,14 +167,19 @@ def _tokenise(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, 
     from data_prep import tokenise
 
     limits = config["max_prompt_tokens"], config["max_answer_tokens"]
-    return tokenise.tokenise(inputs["split"], inputs["base"] / "tokenizer", *limits, out, mapped)
+    return tokenise.tokenise(inputs["split"], inputs["base"] / "tokenizer", *limits, out, mapped, _trusted(config))
 
 
 def _ptx(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, mapped: Mapper) -> Mapping[str, Any]:
     from data_prep import unsupervised
 
     settings = config["chunk_tokens"], config["document_start"], config["eval_fraction"]
-    return unsupervised.chunk(inputs["raw"], inputs["base"] / "tokenizer", *settings, out)
+    return unsupervised.chunk(inputs["raw"], inputs["base"] / "tokenizer", *settings, out, _trusted(config))
+
+
+def _trusted(config: Mapping[str, Any]) -> bool:
+    """Whether code that the policy's tokenizer brings may run."""
+    return "base" in config.get("trusted", ())
 
 
 WORK: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Path], Path, Mapper], Mapping[str, Any]]] = {

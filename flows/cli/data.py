@@ -48,7 +48,7 @@ def data(
         refs = plan.finished(parsed, "tokenise")
         assert refs is not None, "the flow has just made them"
     if show or source:
-        _show(refs, f"{phase}-{side}", source, show or 5)
+        _show(refs, f"{phase}-{side}", source, show or 5, parsed.models.policy_trust_remote_code)
     else:
         _counts(parsed, refs)
 
@@ -107,14 +107,14 @@ def _reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in Counter(counts).most_common())
 
 
-def _show(refs: "Mapping[str, StageRef]", table: str, source: str | None, count: int) -> None:
+def _show(refs: "Mapping[str, StageRef]", table: str, source: str | None, count: int, trusted: bool) -> None:
     from data_prep import show
     from data_prep.tokenizer import load_tokenizer
 
     path = refs["tokenise"].directory / f"{table}.arrow"
     if not path.is_file():
         raise ValueError(f"this run has no {table} rows; give data.phases a share for it")
-    tokenizer = load_tokenizer(refs["base"].directory / "tokenizer")
+    tokenizer = load_tokenizer(refs["base"].directory / "tokenizer", trusted)
     rows = show.shown(path, table.partition("-")[0], tokenizer, source, count)
     colours = console.console.is_terminal
     key = "[cyan]prompt[/], [green]answer, which the loss is about[/], [reverse]special token[/]"

@@ -42,6 +42,10 @@ class Job:
         """The phase of the data that the stage is trained on."""
         return str(self.config.get("phase", self.stage))
 
+    def trusts(self, role: str) -> bool:
+        """Whether code that the model of an input brings may run: the config says so, or it is refused."""
+        return role in self.config.get("trusted", ())
+
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"

@@ -90,14 +90,19 @@ def hidden_states(model: PreTrainedModel, sequences: Sequences | Packed, compile
     return states[:, : sequences.input_ids.shape[1]]
 
 
-def load_policy(folder: str | Path) -> Policy:
-    """The causal language model of a Hugging Face folder, in fp32. Raises ValueError if its weights do not fit."""
-    model, _ = _load(AutoModelForCausalLM, folder, may_miss=())
+def load_policy(folder: str | Path, trusted: bool = False) -> Policy:
+    """The causal language model of a Hugging Face folder, in fp32. Raises ValueError if its weights do not fit.
+
+    Code that the folder brings runs only if it is `trusted`.
+    """
+    model, _ = _load(AutoModelForCausalLM, folder, trusted, may_miss=())
     return Policy(model)
 
 
-def load_scalar(folder: str | Path, pad_token_id: int, new_head_seed: int | None = None) -> ScalarModel:
-    """The one-label sequence classifier of a Hugging Face folder, in fp32.
+def load_scalar(
+    folder: str | Path, pad_token_id: int, new_head_seed: int | None = None, trusted: bool = False
+) -> ScalarModel:
+    """The one-label sequence classifier of a Hugging Face folder, in fp32; `trusted` as for `load_policy`.
 
     With `new_head_seed` the folder may be a causal language model: its head is then drawn from N(0, 1/(d+1)), d the
     width of its input (Huang et al. 2024, detail 10). Raises ValueError if the weights do not fit.
@@ -106,6 +111,7 @@ def load_scalar(folder: str | Path, pad_token_id: int, new_head_seed: int | None
     model, missing = _load(
         AutoModelForSequenceClassification,
         folder,
+        trusted,
         may_miss=(r"score\.weight",) if new_head else (),
         may_be_left=(r"lm_head\..*", r"embed_out\..*") if new_head else (),
         num_labels=1,
@@ -128,12 +134,22 @@ def without_dropout(config: Any) -> Any:
 
 
 def _load(
-    auto_class: Any, folder: str | Path, may_miss: Iterable[str], may_be_left: Iterable[str] = (), **config_changes: Any
+    auto_class: Any,
+    folder: str | Path,
+    trusted: bool,
+    may_miss: Iterable[str],
+    may_be_left: Iterable[str] = (),
+    **config_changes: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the keys that its folder had no weights for: all of them match `may_miss`."""
-    config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False, **config_changes))
+    config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=trusted, **config_changes))
     model, report = auto_class.from_pretrained(
-        folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        folder,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=trusted,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     missing = [key for key in report["missing_keys"] if not _matches(key, may_miss)]
     left_over = [key for key in report["unexpected_keys"] if not _matches(key, may_be_left)]

@@ -140,8 +140,8 @@ def read(job: Job, config: PPOConfig) -> Data:
 
 def checked_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     """The policy's tokenizer. Raises ValueError if the reward model reads other tokens."""
-    tokenizer = load_tokenizer(job.inputs["tokenizer"])
-    if not same_tokens(tokenizer, load_tokenizer(job.inputs["reward"])):
+    tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("sft"))
+    if not same_tokens(tokenizer, load_tokenizer(job.inputs["reward"], job.trusts("reward"))):
         raise ValueError(
             "policy and reward model have different tokenizers, so the critic cannot read the policy's tokens; take a "
             "models.reward with the tokenizer of models.policy, or leave it out"
@@ -161,7 +161,8 @@ def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBas
     """
     steps = config.steps * config.epochs * (config.pool_size // config.batch_size)
     device, pad = job.device, tokenizer.pad_token_id
-    policy_model, critic_model = load_policy(job.inputs["sft"]), load_scalar(job.inputs["reward"], pad)
+    policy_model = load_policy(job.inputs["sft"], job.trusts("sft"))
+    critic_model = load_scalar(job.inputs["reward"], pad, trusted=job.trusts("reward"))
     if config.policy_lora is not None:
         add_adapters(policy_model.model, config.policy_lora, "ppo.policy_lora")
     if config.critic_lora is not None:
@@ -185,9 +186,9 @@ def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBas
     if config.policy_lora is not None:
         reference: Any = Base(policy)
     else:
-        own = load_policy(job.inputs["sft"])
+        own = load_policy(job.inputs["sft"], job.trusts("sft"))
         reference = frozen_engine(own, config.reference_engine, device, "ppo.reference_engine")
-    reward_model = load_scalar(job.inputs["reward"], pad)
+    reward_model = load_scalar(job.inputs["reward"], pad, trusted=job.trusts("reward"))
     return Networks(
         policy=policy,
         critic=critic,

@@ -37,12 +37,12 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def run(job: Job) -> dict[str, Any]:
     """Train and evaluate; writes `model/`. Returns the stage's metrics."""
     config, seed = RewardConfig.model_validate(job.config[job.stage]), job.config["seed"]
-    tokenizer = load_tokenizer(job.inputs["tokenizer"])
+    tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base"))
     train = read_table(job.inputs["data"] / f"{job.phase}-train.arrow")
     held_out = read_table(job.inputs["data"] / f"{job.phase}-eval.arrow")
     if job.stage == "gold":
         config = within(config, len(train))
-    model = load_scalar(job.inputs["base"], tokenizer.pad_token_id, new_head_seed=seed)
+    model = load_scalar(job.inputs["base"], tokenizer.pad_token_id, seed, job.trusts("base"))
     steps = steps_of(config, len(train), job.stage)
     if config.lora is not None:
         add_adapters(model.model, config.lora, f"{job.stage}.lora")

@@ -27,10 +27,10 @@ from tasks.training.types import Engine, LanguageBatch
 def run(job: Job) -> dict[str, Any]:
     """Train and evaluate; writes `model/`. Returns the stage's metrics."""
     config, seed = SFTConfig.model_validate(job.config["sft"]), job.config["seed"]
-    tokenizer = load_tokenizer(job.inputs["tokenizer"])
+    tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base"))
     train = read_table(job.inputs["data"] / "sft-train.arrow")
     held_out = read_table(job.inputs["data"] / "sft-eval.arrow")
-    model = load_policy(job.inputs["base"])
+    model = load_policy(job.inputs["base"], job.trusts("base"))
     steps = steps_of(config, len(train), "sft")
     if config.lora is not None:
         add_adapters(model.model, config.lora, "sft.lora")

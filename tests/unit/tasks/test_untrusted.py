@@ -2,8 +2,31 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
-from tasks import untrusted
+from data_prep.tokenizer import load_tokenizer
+from tasks import base, dag, untrusted
+from tasks.config import parse
+from tasks.training.models import load_policy, load_scalar
+from tests.tiny import tiny_llama_for
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+Path({marker!r}).open("a").write("ran")
+class MineConfig(LlamaConfig):
+    model_type = {kind!r}
+class MineForCausalLM(LlamaForCausalLM):
+    pass
+class MineForSequenceClassification(LlamaForSequenceClassification):
+    pass
+class MineTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+MAP = {
+    "AutoModelForCausalLM": "mine.MineForCausalLM",
+    "AutoModelForSequenceClassification": "mine.MineForSequenceClassification",
+}
 
 
 @pytest.fixture
@@ -26,10 +49,94 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_model_that_brings_code_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}))
-    with pytest.raises(ValueError, match=f"{name} names code of its own .auto_map., which is never run"):
+    with pytest.raises(
+        ValueError, match=f"{name} names code of its own .auto_map., which runs only where a config says so"
+    ):
         untrusted.check(folder)
 
 
 def test_code_that_nobody_needs_does_no_harm(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoConfig": "mine.Mine"}}))
     untrusted.check(folder)
+
+
+def own_model(folder: Path, kind: str, tokenizer_too: bool) -> tuple[Path, Path]:
+    """A model folder with code of its own, and the file that shows that the code ran."""
+    tokenizer = base.train_tokenizer(iter(["tell me of the red apple", "the pear is green"]), 300)
+    LlamaForCausalLM(tiny_llama_for(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    marker = folder.parent / "ran"
+    (folder / "mine.py").write_text(CODE.format(marker=str(marker), kind=kind))
+    config = {} if kind == "llama" else {"AutoConfig": "mine.MineConfig"}
+    changes = {"config.json": {"model_type": kind, "auto_map": MAP | config}}
+    if tokenizer_too:
+        own = {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": [None, "mine.MineTokenizer"]}}
+        changes["tokenizer_config.json"] = own
+    for name, change in changes.items():
+        settings = json.loads((folder / name).read_text()) | change
+        (folder / name).write_text(json.dumps(settings))
+    return folder, marker
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers puts code that it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_code_that_nobody_trusts_does_not_run(tmp_path: Path) -> None:
+    folder, marker = own_model(tmp_path / "own", "mine", tokenizer_too=True)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ValueError, match="names code of its own"):
+        base.use_folder(folder, tmp_path / "base")
+    for load in (load_policy, load_tokenizer, lambda path: load_scalar(path, 0, new_head_seed=0)):
+        with pytest.raises(ValueError, match=r"trust_remote_code|No tokenizer could be loaded"):
+            load(folder)
+    known, _ = own_model(tmp_path / "known", "llama", tokenizer_too=False)
+    base.use_folder(known, tmp_path / "base")
+    assert type(load_policy(known).model) is LlamaForCausalLM
+    assert not marker.exists()
+
+
+def test_code_of_a_named_model_runs_and_goes_along_with_what_the_model_becomes(tmp_path: Path) -> None:
+    folder, marker = own_model(tmp_path / "own", "llama", tokenizer_too=True)
+    (tmp_path / "base").mkdir()
+    base.use_folder(folder, tmp_path / "base", trusted=True)
+    assert marker.exists()
+    tokenizer = load_tokenizer(tmp_path / "base" / "tokenizer", trusted=True)
+    policy = load_policy(folder, trusted=True)
+    assert (type(tokenizer).__name__, type(policy.model).__name__) == ("MineTokenizer", "MineForCausalLM")
+    policy.model.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    scalar = load_scalar(tmp_path / "sft", tokenizer.pad_token_id, 0, trusted=True)
+    assert type(scalar.model).__name__ == "MineForSequenceClassification"
+    assert untrusted.code(tmp_path / "sft") == untrusted.code(folder)
+    (folder / "mine.py").write_text("")
+    assert untrusted.code(tmp_path / "sft") != untrusted.code(folder)
+
+
+def test_code_of_another_repository_is_refused_of_a_named_model_too(tmp_path: Path) -> None:
+    folder, _ = own_model(tmp_path / "own", "mine", tokenizer_too=False)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoConfig": "some/where--mine.Mine"}}))
+    with pytest.raises(ValueError, match="names code of another repository, which is never run"):
+        untrusted.check(folder, trusted=True)
+
+
+def test_trust_follows_the_named_model_alone(tmp_path: Path) -> None:
+    def trusting(**models: object) -> dict[str, list[str]]:
+        graph = dag.graph(parse({"workspace": str(tmp_path), "data": {"demo": {}}, "models": models}))
+        return {key: node.config["trusted"] for key, node in graph.items() if "trusted" in node.config}
+
+    both = {"policy": "some/policy", "reward": "some/reward"}
+    assert trusting(**both) == {}
+    rewards = {"reward-base": ["model"], "reward": ["base"], "gold": ["base"]}
+    assert trusting(**both, reward_trust_remote_code=True) == rewards | {
+        "ppo": ["reward"],
+        "evaluate": ["gold", "reward"],
+    }
+    policies = {"base": ["model"], "tokenise": ["base"], "sft": ["base"]}
+    assert trusting(**both, policy_trust_remote_code=True) == policies | {"ppo": ["sft"], "evaluate": ["ppo", "sft"]}
+    alone = trusting(policy="some/policy", policy_trust_remote_code=True)
+    assert alone["evaluate"] == ["gold", "ppo", "reward", "sft"]
+    assert alone["ppo"] == ["reward", "sft"]

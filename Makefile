@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DO_NOT_TRACK := 1
 
-.PHONY: install demo test test-all check lint gpu-test clean
+.PHONY: install demo test test-all check audit lint gpu-test clean
 
 install: .venv/installed
 
@@ -32,6 +32,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
+
+# Known vulnerabilities of the pinned packages; says so where no advisories can be had.
+audit: install
+	$(BIN)/python .ci/audit.py
 
 # The same, mending what can be mended.
 lint: install

@@ -567,8 +567,9 @@ class Tracker:
 
 
 def _quiet() -> None:
-    """No usage data for MLflow's makers, no talk about tables and migrations."""
+    """No usage data for MLflow's makers, no talk about tables and migrations, no address with its password in it."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # "View run at", with the password of the URI
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -63,6 +63,8 @@ class SourceConfig(Section):
     """A local JSON, JSONL, CSV or Parquet file (or a folder with train.* and test.*); None: a set of the hub."""
     revision: str | None = None
     """Commit or branch on the hub; None: the newest."""
+    licence: str | None = None
+    """Of the rows, for the model's card; None: what is known of one of the six sets."""
     weight: PositiveFloat = 1.0
     """Share of the set's groups that is used (up to 1), or the weight of its rows in the loss (above 1)."""
     max_rows: Positive | None = None

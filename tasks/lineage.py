@@ -50,9 +50,11 @@ def gather(directory: Path) -> dict[str, Any]:
     return {"root": root, "steps": steps}
 
 
-def write(folder: Path, directory: Path) -> None:
-    """Keep the record of the stage `directory` in a model's folder."""
-    write_json(folder / LINEAGE_FILE, gather(directory))
+def write(folder: Path, directory: Path) -> dict[str, Any]:
+    """Keep the record of the stage `directory` in a model's folder. Returns it."""
+    record = gather(directory)
+    write_json(folder / LINEAGE_FILE, record)
+    return record
 
 
 def of_version(store: Store, version: Version) -> dict[str, Any]:

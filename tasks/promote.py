@@ -21,6 +21,9 @@ from tasks.history import Move
 from tasks.registered import EMA, POLICY, REWARD, companions
 from tasks.tracking import CHAMPION, PREVIOUS, Store, Version
 
+VERDICT = "## Verdict"
+"""Where it begins in a version's description."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -102,6 +105,7 @@ def promote(
             by = consent.by if consent else None
             _serve(store, candidate, champion, moves, history.PROMOTION, verdict.reason, by)
         tracking.tag_version(store, name, version, _verdict_tags(verdict, candidate, champion, consent))
+        tracking.add_to_description(store, name, version, VERDICT, "\n".join(_verdict_lines(verdict)))
     return verdict
 
 
@@ -252,6 +256,16 @@ def _verdict_tags(
         by = consent.by if consent else history.user()
         tags |= {"promoted_at": now, "promoted_by": by, "promoted_from": before}
     return tags
+
+
+def _verdict_lines(verdict: Verdict) -> list[str]:
+    """The verdict and its gates as Markdown: the part of the model card that is known last."""
+    rows = [
+        f"| {gate.title} | {gate.sentence} | {gate.measured} | {'passed' if gate.passed else 'failed'} |"
+        for gate in verdict.gates
+    ]
+    table = ["", "| Gate | Wanted | Measured | Verdict |", "|---|---|---|---|", *rows] if rows else []
+    return [verdict.reason, *table]
 
 
 def _wish(done: str, why: str) -> str:

@@ -2,7 +2,7 @@
 
 A flow run is one MLflow run, each of its stages a run nested in it; stage directories stay the one truth, so nothing
 here is read back to decide what has to be computed. The worker's rank 0 logs through a `Tracker`; all else runs in the
-flow's process. This is the only module that imports mlflow, and only inside functions: the import takes seconds.
+flow's process. Only this module and `tasks.mlmodel` import mlflow, and only inside functions: the import takes seconds.
 
     store = open_store(workspace)
     parent = start_run(store, config, tags)
@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import platform
 import queue
 import re
 import shutil
@@ -29,7 +28,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -46,12 +44,9 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 RUN_FILE = "mlflow.json"
 LONGEST_VALUE = 500
+LONGEST_DESCRIPTION = 5000
+"""Of MLflow's column."""
 SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
-PIPELINES: Mapping[str, tuple[str, Sequence[tuple[str | None, str]]]] = {
-    "text-generation": ("TextGenerationPipeline", [(None, "string")]),
-    "text-classification": ("TextClassificationPipeline", [("label", "string"), ("score", "double")]),
-}
-"""Pipeline of transformers -> its class and the columns that it returns."""
 SECONDS_BETWEEN_FLUSHES = 2.0
 SECONDS_TO_CLOSE = 15.0  # a stopping worker has 20 s
 WAITING_METRICS = 200_000  # beyond so many a dead server's metrics are let go; metrics.jsonl has them
@@ -233,6 +228,26 @@ def log_sources(store: Store, run_id: str, sources: Iterable["Source"]) -> None:
     _client(store.uri).log_inputs(run_id, datasets=inputs)
 
 
+def log_model(store: Store, run_id: str, name: str, metrics: Mapping[str, float], table: Path) -> str:
+    """A logged model of a run, its metrics linked to the table that they were measured on. Returns its id.
+
+    Without a folder of its own: the version that names it in its tag `logged_model` says where its files lie.
+    """
+    from mlflow.entities import LoggedModelStatus, Metric
+
+    client = _client(store.uri)
+    measured_on = _dataset(table.stem, table, "evaluation")
+    client.log_inputs(run_id, datasets=[measured_on])
+    model_id = str(client.create_logged_model(store.experiment_id, name, source_run_id=run_id).model_id)
+    link = {"model_id": model_id, "dataset_name": table.stem, "dataset_digest": measured_on.dataset.digest}
+    now = time.time_ns() // 1_000_000
+    client.log_batch(
+        run_id, metrics=[Metric(_key(key), value, now, 0, run_id=run_id, **link) for key, value in metrics.items()]
+    )
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    return model_id
+
+
 def register_version(
     store: Store,
     name: str,
@@ -331,59 +346,6 @@ def named_version(store: Store, name: str) -> Version:
     return known[0]
 
 
-def describe_model(folder: Path, task: str) -> None:
-    """Write an MLmodel beside the Hugging Face folder `folder/model`: MLflow loads `folder`, all else `folder/model`.
-
-    `mlflow.transformers.save_model` writes the same, but loads torch for it and copies the weights.
-
-    Args:
-        task: of a transformers pipeline, one of `PIPELINES`.
-    """
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, Schema
-
-    model = folder / "model"
-    config = json.loads((model / "config.json").read_text())
-    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
-    components = folder / "components" / "tokenizer"
-    components.mkdir(parents=True, exist_ok=True)
-    for file in model.iterdir():
-        if file.suffix != ".safetensors" and file.name not in ("config.json", "generation_config.json"):
-            shutil.copyfile(file, components / file.name)
-    pipeline, outputs = PIPELINES[task]
-    described = Model(
-        signature=ModelSignature(
-            inputs=Schema([ColSpec("string")]), outputs=Schema([ColSpec(kind, name) for name, kind in outputs])
-        ),
-        model_size_bytes=sum(file.stat().st_size for file in model.iterdir()),
-    )
-    described.add_flavor(
-        "python_function",
-        loader_module="mlflow.transformers",
-        python_version=platform.python_version(),
-        env={"virtualenv": "python_env.yaml"},
-    )
-    described.add_flavor(
-        "transformers",
-        transformers_version=metadata.version("transformers"),
-        task=task,
-        instance_type=pipeline,
-        pipeline_model_type=config["architectures"][0],
-        model_binary="model",
-        source_model_name=folder.name,
-        components=["tokenizer"],
-        tokenizer_type=tokenizer.get("tokenizer_class", "PreTrainedTokenizerFast"),
-        torch_dtype=None,
-        code=None,
-    )
-    described.save(str(folder / "MLmodel"))
-    requirements = [f"{name}=={metadata.version(name)}" for name in ("mlflow", "transformers", "accelerate")]
-    requirements.append(f"torch=={metadata.version('torch').partition('+')[0]}")
-    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
-    environment = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
-    (folder / "python_env.yaml").write_text(yaml.safe_dump(environment))
-
-
 def registered_names(store: Store) -> list[str]:
     """The names of all registered models, sorted."""
     return sorted(model.name for model in _pages(_client(store.uri).search_registered_models))
@@ -436,6 +398,13 @@ def tag_version(store: Store, name: str, version: int, tags: Mapping[str, str]) 
     client = _client(store.uri)
     for key, value in tags.items():
         client.set_model_version_tag(name, str(version), key, value)
+
+
+def add_to_description(store: Store, name: str, version: int, title: str, text: str) -> None:
+    """Put a text under a title at the end of a version's description, in place of what stood there."""
+    client = _client(store.uri)
+    before, _, _ = (client.get_model_version(name, str(version)).description or "").partition(f"\n\n{title}\n")
+    client.update_model_version(name, str(version), f"{before}\n\n{title}\n{text}"[:LONGEST_DESCRIPTION])
 
 
 def delete_version(store: Store, version: Version) -> None:

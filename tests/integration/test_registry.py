@@ -1,15 +1,18 @@
 """The registry with real processes, servers and models: what the unit tests of tracking and promotion leave out."""
 
+import json
 import os
 import sqlite3
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from infra.servers import mlflow_server
-from tasks import gates, history, tracking
+from infra.machine import free_port
+from infra.servers import LOCAL, Server, mlflow_server
+from tasks import gates, history, mlmodel, tracking
 from tasks.config import RunConfig
 from tasks.promote import Judgement
 
@@ -158,7 +161,7 @@ def test_described_folder_loads_in_mlflow_and_in_transformers(pipeline, tiny_mod
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tiny_models[pipeline]
-    tracking.describe_model(folder, pipeline)
+    mlmodel.describe_model(folder, pipeline, "red apple")
     store = tracking.open_store(workspace)
     tracking.register_version(store, "tiny", folder, None, {"digest": "a"})
     tracking.set_alias(store, "tiny", tracking.CHAMPION, 1)
@@ -177,10 +180,29 @@ def test_described_folder_loads_in_mlflow_and_in_transformers(pipeline, tiny_mod
     assert AutoTokenizer.from_pretrained(folder / "model").pad_token == "<pad>"
 
 
+@pytest.mark.slow
+def test_mlflow_serves_the_champion_over_http(tiny_models, workspace, tmp_path):
+    folder = tiny_models["text-generation"]
+    mlmodel.describe_model(folder, "text-generation", "red apple")
+    store = tracking.open_store(workspace)
+    tracking.register_version(store, "tiny-policy", folder, None, {"digest": "a"})
+    tracking.set_alias(store, "tiny-policy", tracking.CHAMPION, 1)
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny-policy@champion"]
+    command += ["--env-manager", "local", "--port", str(port)]
+    env = {"MLFLOW_TRACKING_URI": store.uri}
+    with Server("model", command, env, port=port, paths=("/invocations", "/ping"), log=tmp_path / "log") as server:
+        question = (folder / "serving_input_example.json").read_bytes()
+        request = urllib.request.Request(server.wait_ready(), question, {"Content-Type": "application/json"})
+        with LOCAL.open(request, timeout=60) as answer:
+            (said,) = json.load(answer)["predictions"]
+    assert said.startswith("red apple")
+
+
 def test_describing_a_model_loads_no_torch(tiny_models):
     program = (
-        "import sys; from pathlib import Path; from tasks import tracking; "
-        f"tracking.describe_model(Path({str(tiny_models['text-generation'])!r}), 'text-generation'); "
+        "import sys; from pathlib import Path; from tasks import mlmodel; "
+        f"mlmodel.describe_model(Path({str(tiny_models['text-generation'])!r}), 'text-generation', 'red'); "
         "print('torch' in sys.modules)"
     )
     assert at_once([program]) == ["False"]

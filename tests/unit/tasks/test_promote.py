@@ -101,7 +101,13 @@ def test_what_was_decided_stays_as_tags(store, tmp_path):
     assert "stays a candidate" in second["verdict"]
     assert second["gate.kl"] == "failed: KL 16 [3, 17], wanted <= 15"
     assert "promoted_at" not in second
+    client = tracking._client(store.uri)
+    said = client.get_model_version("tags-policy", "2").description
+    assert "| KL | <= 15 | 16 [3, 17] | failed |" in said
     promote(store, "tags-policy", 2)
+    again = client.get_model_version("tags-policy", "2").description
+    assert again.count("## Verdict") == 1
+    assert "becomes champion" in again
     assert tracking.find_version(store, "tags-policy", 2).tags["promoted_from"] == "1"
 
 

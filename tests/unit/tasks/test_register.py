@@ -2,13 +2,18 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from data_prep.tables import table_writer
 from tasks import tracking
 from tasks.config import parse
 from tasks.promote import Judgement, promote
 from tasks.register import register, register_models, registered_already, registration_stage
-from tasks.stages import Stage, finished, run
+from tasks.stages import Stage, finished, read_manifest, run
+
+ROWS = pa.schema([("prompt", pa.string())])
+PPO = {"kl": 3.0, "first_reward": 0.0, "reward": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,8 @@ def model_folder(directory: Path, architecture: str, weights: str) -> None:
 
 @pytest.fixture
 def config(store):
-    return parse({"name": "demo", "workspace": store.workspace})
+    sources = {"Dahoas/rm-static": {}, "openai/webgpt_comparisons": {}, "mine": {"path": "x.csv", "licence": "CC0-1.0"}}
+    return parse({"name": "demo", "workspace": store.workspace, "data": {"sources": sources}})
 
 
 @pytest.fixture
@@ -57,15 +63,44 @@ def refs(store):
 
     def plain(name, metrics, inputs):
         def work(directory):
-            (directory / "out.txt").write_text(name)
+            (directory / "answers.jsonl").write_text(json.dumps({"prompt": "Human: why?"}) + "\n")
             return metrics
 
         return run(Stage(name, workspace, {}, inputs, ()), work)
 
-    made = {"tokenise": plain("tokenise", {}, {})}
-    made["sft"] = trained("sft", "LlamaForCausalLM", {"loss": 1.0}, {"data": made["tokenise"]})
+    def tables(directory):
+        for name in ("ppo-eval", "reward-eval"):
+            with table_writer(directory / f"{name}.arrow", ROWS) as writer:
+                writer.append({"prompt": "why?"})
+        return {}
+
+    def download(directory):
+        (directory / "out.txt").write_text("rows")
+        return {"rows": {"train": 30, "test": 4}, "revision": "abc123"}
+
+    def base(directory):
+        (directory / "model").mkdir()
+        (directory / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+        return {}
+
+    made = {
+        f"download:{name}": run(Stage("download", workspace, {"source": name}, {}, ()), download)
+        for name in ("Dahoas/rm-static", "openai/webgpt_comparisons", "mine")
+    }
+    made["tokenise"] = run(
+        Stage("tokenise", workspace, {}, {key.split(":")[1]: ref for key, ref in made.items()}, ()), tables
+    )
+    made["base"] = run(Stage("base", workspace, {"model": "some/model", "revision": None}, {}, ()), base)
+    made["sft"] = trained(
+        "sft", "LlamaForCausalLM", {"loss": 1.0, "perplexity": 2.7}, {"data": made["tokenise"], "base": made["base"]}
+    )
     made["reward"] = trained("reward", "LlamaForSequenceClassification", {"accuracy": 0.9}, {"base": made["sft"]})
-    made["ppo"] = trained("ppo", "LlamaForCausalLM", {"kl": 3.0}, {"sft": made["sft"], "reward": made["reward"]})
+    made["ppo"] = trained(
+        "ppo",
+        "LlamaForCausalLM",
+        PPO,
+        {"sft": made["sft"], "reward": made["reward"]},
+    )
     made["evaluate"] = plain("evaluate", {"win_rate": 0.75, "ppo_reward": 1.25}, {"ppo": made["ppo"]})
     return made
 
@@ -77,10 +112,10 @@ def averaged(store, refs):
     def work(directory):
         model_folder(directory / "model", "LlamaForCausalLM", "weights of ppo")
         model_folder(directory / "ema", "LlamaForCausalLM", "average of ppo")
-        return {"kl": 3.0}
+        return PPO
 
     def plain(directory):
-        (directory / "out.txt").write_text("evaluate")
+        (directory / "answers.jsonl").write_text(json.dumps({"prompt": "Human: why?"}) + "\n")
         return {"win_rate": 0.75, "ppo_reward": 1.25, "ema_win_rate": 0.5}
 
     workspace = Path(store.workspace)
@@ -141,6 +176,32 @@ def test_registered_folder_shares_the_weights_and_leaves_the_stage_whole(store, 
     card = (policy / "README.md").read_text()
     assert refs["reward"].fingerprint in card
     assert "| win rate | 0.75 |" in card
+    assert "| win rate vs champion | >= 0.52 (lower bound >= 0.5) |" in card
+    assert "| Dahoas/rm-static | abc123 | 34 |  | MIT, that of Anthropic/hh-rlhf" in card
+    assert "| openai/webgpt_comparisons | abc123 | 34 |  | unknown |" in card
+    assert "| mine | abc123 | 34 |  | CC0-1.0 |" in card
+    assert "Base model: some/model@local; licence: apache-2.0." in card
+    assert "Gates" in card
+    example = json.loads((policy / "input_example.json").read_text())
+    assert example == ["Human: why?"]
+    assert "saved_input_example_info" in (policy / "MLmodel").read_text()
+
+
+def test_figures_are_linked_to_the_rows_that_they_were_measured_on(store, config, refs, run_id):
+    register(store, config, refs, run_id)
+    client = tracking._client(store.uri)
+    models = {model.name: model for model in client.search_logged_models([store.experiment_id])}
+    assert set(models) == {"demo-policy", "demo-reward"}
+    for name, table, figure, value in (
+        ("demo-policy", "ppo-eval", "win_rate", 0.75),
+        ("demo-reward", "reward-eval", "accuracy", 0.9),
+    ):
+        found = {metric.key: metric for metric in models[name].metrics}[figure]
+        digest = read_manifest(refs["tokenise"].directory)["files"][f"{table}.arrow"]["sha256"][:16]
+        assert (found.value, found.dataset_name, found.dataset_digest) == (value, table, digest)
+        assert tracking.find_version(store, name, 1).tags["logged_model"] == models[name].model_id
+    register(store, config, refs, run_id)
+    assert len(client.search_logged_models([store.experiment_id])) == 2
 
 
 def test_second_time_is_cached_and_the_task_says_so(store, config, refs, run_id):
@@ -176,7 +237,7 @@ def test_candidate_moves_to_what_the_last_run_made(store, config, refs, run_id):
 
     def work(directory):
         model_folder(directory / "model", "LlamaForCausalLM", "other weights")
-        return {}
+        return PPO
 
     other = run(Stage("ppo", Path(store.workspace), {"kl_coef": 1}, {"sft": refs["sft"]}, ()), work)
     register(store, config, refs | {"ppo": other}, run_id)

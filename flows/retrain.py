@@ -243,6 +243,7 @@ def _closed(run: Run, name: str, outcome: Outcome) -> Result:
         run_id=run.run_id,
         run_url=url,
         samples=run.config.evaluate.samples,
+        memory={fit.stage: fit.compared for fit in plan.measured(run.config, outcome.refs)},
     )
     path = report.write(dag.workspace(run.config) / "reports" / f"{name}.html", summary)
     tracking.log_file(run.store, run.run_id, path)

@@ -294,6 +294,10 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints."""
     checkpoint_minutes: PositiveFloat | None = 30.0
     """At most so many minutes lie between two checkpoints, whatever the steps; null: only the steps count."""
+    keep_checkpoints: Positive = 2
+    """The last so many are kept while the stage runs: where the newest is damaged, the one before it serves."""
+    profile: bool = False
+    """Leave a trace of two steps by torch.profiler with the stage's records and in MLflow."""
     eval_rows: Positive = 512
     """At most so many held-out samples are evaluated."""
     eval_every: Positive | None = None
@@ -406,6 +410,10 @@ class PPOConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     checkpoint_every: Positive = 20
     """Pools between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """The last so many are kept while the stage runs: where the newest is damaged, the one before it serves."""
+    profile: bool = False
+    """Leave a trace of two pools by torch.profiler with the stage's records and in MLflow."""
     policy_engine: EngineConfig = EngineConfig()
     critic_engine: EngineConfig = EngineConfig()
     reference_engine: EngineConfig = EngineConfig()

@@ -18,6 +18,8 @@ from tasks.config import ConfigError
 from tasks.stages import RECORDS, REPO, Stage, StageRef, checkpoint_step, write_json
 
 LOG = "worker.log"
+TRACES = ("trace.json.gz", "trace.txt")
+"""What `tasks.profiling` leaves, of which this process must not load torch to know."""
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
@@ -69,6 +71,9 @@ def make(
         raise
     if run_id is not None:
         tracking.finish_stage(store, run_id, ref, datasets)
+        for trace in TRACES:
+            if (path := ref.directory / RECORDS / trace).exists():
+                tracking.log_file(store, run_id, path, "profile")
     else:
         tracking.link_cached(store, parent_run, ref, name)
     return ref

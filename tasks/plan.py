@@ -17,7 +17,7 @@ from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig, TinyModel
 from tasks.dag import Choice, Node
 from tasks.fit import Setting, cheapest, of_ppo, of_training
-from tasks.shapes import Gpu, Shape, shape_of_model
+from tasks.shapes import GIB, GPUS, Gpu, Shape, shape_of_folder, shape_of_model
 from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
 
@@ -80,12 +80,48 @@ class Fit:
     setting: Setting
     fits: bool
     cheapest: Setting | None
+    measured: float | None = None
+    """GiB that torch had allocated at the peak of this stage, made with this config on a GPU; to be held against
+    `setting.memory.allocated`."""
+
+    @property
+    def compared(self) -> str:
+        """Prediction and measurement beside each other; empty without a measurement."""
+        if self.measured is None:
+            return ""
+        predicted = self.setting.memory.allocated / GIB
+        return f"{self.measured:.1f} GiB measured, {predicted:.1f} predicted ({predicted / self.measured - 1:+.0%})"
 
 
-def will_it_fit(config: RunConfig, gpu: Gpu, gpus: int) -> list[Fit]:
-    """A Fit per training stage. ConfigError for a model of no known kind, or whose config.json is not here."""
+def will_it_fit(
+    config: RunConfig, gpu: Gpu, gpus: int, made: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Fit]:
+    """A Fit per training stage. ConfigError for a model of no known kind, or whose config.json is not here.
+
+    `made` are the metrics of the stages that are finished, with their measured peaks, by stage.
+    """
     policy = _shape(config.models.policy, "models.policy")
     reward = policy if config.models.reward is None else _shape(config.models.reward, "models.reward")
+    return _fits(config, policy, reward, gpu, gpus, made or {})
+
+
+def measured(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Fit]:
+    """A Fit of each training stage of a run whose peak was measured; none for a model of no known kind."""
+    made = {name: refs[name].metrics for name in ("sft", "reward", "ppo") if name in refs}
+    if not any("peak_gib" in metrics for metrics in made.values()):
+        return []
+    try:
+        policy = shape_of_folder(refs["sft"].directory / "model")
+        reward = shape_of_folder(refs["reward"].directory / "model") if "reward" in refs else policy
+    except ConfigError:
+        return []
+    fits = _fits(config, policy, reward, GPUS["h100"], gpus_of(config), made)  # memory is the same on every GPU
+    return [fit for fit in fits if fit.measured is not None]
+
+
+def _fits(
+    config: RunConfig, policy: Shape, reward: Shape, gpu: Gpu, gpus: int, made: Mapping[str, Mapping[str, Any]]
+) -> list[Fit]:
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
     options = {
         "sft": of_training(config.sft, policy, True, prompt + answer, gpus, gpu),
@@ -101,7 +137,8 @@ def will_it_fit(config: RunConfig, gpu: Gpu, gpus: int) -> list[Fit]:
     for stage, settings in options.items():
         engine, lora = configured[stage]
         own = next(setting for setting in settings if (setting.engine, setting.lora) == (engine, lora))
-        found.append(Fit(stage, own, own.memory.needed <= gpu.memory, cheapest(settings, gpu.memory)))
+        peak = made.get(stage, {}).get("peak_gib")
+        found.append(Fit(stage, own, own.memory.needed <= gpu.memory, cheapest(settings, gpu.memory), peak))
     return found
 
 

@@ -54,6 +54,8 @@ class RunSummary:
     """What the candidate had to pass."""
     samples: int = SAMPLES
     """Answers that are shown side by side."""
+    memory: Mapping[str, str] = field(default_factory=dict)
+    """Stage -> its peak on the GPU as measured and as predicted."""
 
 
 def write(path: Path, run: RunSummary) -> Path:

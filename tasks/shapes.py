@@ -137,7 +137,12 @@ def shape_of_model(model: str | TinyModel) -> Shape | None:
         if not isinstance(cached, str):
             return None
         path = Path(cached)
-    return shape_of(json.loads(path.read_text()))
+    return shape_of_folder(path.parent)
+
+
+def shape_of_folder(folder: Path) -> Shape:
+    """The shape of a model folder. Raises ConfigError as `shape_of`."""
+    return shape_of(json.loads((folder / "config.json").read_text()))
 
 
 def work_of(shape: Shape, lengths: Sequence[int], scores_tokens: bool) -> float:

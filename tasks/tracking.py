@@ -479,6 +479,8 @@ class Tracker:
     """Logs a stage's metrics by step, from a thread of its own, so that training waits neither for MLflow's import nor
     for its server.
 
+    Processor, memory, disk, network and GPUs of this machine are logged beside them by MLflow's own monitor.
+
     Metrics are sent every two seconds and on `close`. What cannot be sent is tried again; training never fails for it:
     the first failure is told once on stderr, and `records/metrics.jsonl` has every value anyhow.
     """
@@ -509,13 +511,17 @@ class Tracker:
     def _work(self) -> None:
         waiting: list[Any] = []
         closing = False
+        machine: Any = None
         while not closing:
             closing = self._closing.wait(SECONDS_BETWEEN_FLUSHES)
             try:
+                machine = machine or _machine_monitor(self._uri, self._run_id)
                 self._send(waiting)
             except Exception as error:  # whatever it is: training goes on
                 self._warn(error)
                 del waiting[:-WAITING_METRICS]
+        if machine is not None:
+            machine.finish()
 
     def _send(self, waiting: list[Any]) -> None:
         from mlflow.entities import Metric
@@ -541,6 +547,16 @@ def _quiet() -> None:
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # "View run at", with the password of the URI
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # of a server that is down, the tracker tells
+
+
+def _machine_monitor(uri: str, run_id: str) -> Any:
+    """MLflow's own watch over this machine, started: `system/...`, every ten seconds, from a thread of its own."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
 
 
 def _client(uri: str) -> Any:

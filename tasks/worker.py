@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 from data_prep import trained
 from infra.launch import STOPPED, report_progress
+from tasks.profiling import profiled
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
 
@@ -74,8 +76,10 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     spec = json.loads((directory / RECORDS / "config.json").read_text())
     module = importlib.import_module(MODULES[stage])
     device = start(spec["device"], distributed=stage in TRAINED)
-    rows = MetricRows(directory, checkpoint_step(directory) or 0)
+    rows = MetricRows(directory)
     tracker = open_tracker(spec["tracking"])
+    wanted = is_first_rank() and spec["config"].get(stage, {}).get("profile", False)
+    watched = profiled(directory / RECORDS, device) if wanted else nullcontext(lambda: None)
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
         if is_first_rank():
@@ -83,6 +87,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
             rows.append(step, metrics)
             if tracker:
                 tracker.log(step, metrics)
+        end_of_step()
 
     job = Job(
         stage=stage,
@@ -95,13 +100,14 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
         should_stop=should_stop,
     )
     try:
-        report: dict[str, Any] = module.run(job)
+        with watched as end_of_step:
+            report: dict[str, Any] = module.run(job)
         if stage in TRAINED and is_first_rank():
             keep_ancestry(job)
     finally:
         if tracker:
             tracker.close()
-    return report
+    return {**report, **{name.removeprefix("memory/"): value for name, value in memory(device).items()}}
 
 
 def start(device: str, distributed: bool) -> torch.device:
@@ -197,17 +203,22 @@ class StopRequest:
 
 
 class MetricRows:
-    """`records/metrics.jsonl`; rows of steps that a resumed run makes again are dropped."""
+    """`records/metrics.jsonl`; rows of steps that a resumed run makes again are dropped at its first one.
 
-    def __init__(self, directory: Path, resumed_step: int) -> None:
+    Not before: only when the stage has loaded its checkpoint is it known which one was undamaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.path = directory / RECORDS / "metrics.jsonl"
-        if not is_first_rank():
-            return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if self._step(line) <= resumed_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.cut = False
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self.cut and self.path.exists():
+            resumed = checkpoint_step(self.directory) or 0
+            kept = [line for line in self.path.read_text().splitlines() if self._step(line) <= resumed]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.cut = True
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,8 @@ from flows.cli import console
 from flows.cli.errors import Debug, State
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flows.retrain import Result
     from tasks.config import RunConfig
     from tasks.dag import Choice
@@ -80,17 +82,20 @@ def plan(
     cached = sum(line.cached for line in lines)
     console.console.print(f"\n{cached} of {len(lines)} stages cached, {len(lines) - cached} would run.")
     if gpu is not None:
-        show_fit(parsed, gpu)
+        show_fit(parsed, gpu, {line.stage: line.metrics for line in lines if line.cached})
 
 
-def show_fit(config: "RunConfig", name: str) -> None:
-    """The memory and the time of each training stage on a GPU, term by term, and the fastest setting that fits."""
+def show_fit(config: "RunConfig", name: str, made: "Mapping[str, Mapping[str, Any]]") -> None:
+    """The memory and the time of each training stage on a GPU, term by term, and the fastest setting that fits.
+
+    `made` are the metrics of finished stages.
+    """
     from tasks import plan as planning
     from tasks.fit import gpu_of
     from tasks.shapes import GIB
 
     gpu, gpus = gpu_of(name), planning.gpus_of(config)
-    fits = planning.will_it_fit(config, gpu, gpus)
+    fits = planning.will_it_fit(config, gpu, gpus, made)
     rows = []
     for fit in fits:
         memory = fit.setting.memory
@@ -114,6 +119,8 @@ def show_fit(config: "RunConfig", name: str) -> None:
             said = f"the fastest that fits is {fit.cheapest.name}"
         if fit.cheapest != fit.setting:
             console.console.print(f"{console.title(fit.stage)}: {said}.")
+        if fit.compared:
+            console.console.print(f"{console.title(fit.stage)}: {fit.compared}, as it was made.")
 
 
 def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":

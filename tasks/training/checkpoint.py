@@ -1,11 +1,13 @@
 """Checkpoints from which a run goes on as if it had not stopped.
 
     checkpoints/step-00000120/   <engine>/... as DeepSpeed writes it, rank-<n>.pt with each rank's random and loop state
-    checkpoints/latest.json      the newest whole one: its step, its world size, the digest of every file
+    checkpoints/step-00000120/whole.json   its step, its world size, the digest of every file: written last
+    checkpoints/latest.json      the newest one
 
 DeepSpeed saves no random state and gives rank 0's client state to every rank under ZeRO-2, so each rank writes its own
-file. `latest.json` is replaced atomically once every file is on disk; what it does not name is no checkpoint. The files
-are pickles, ours alone: their digests are checked before one is read.
+file. `whole.json` comes by an atomic rename once every file is on disk, and goes before the first of them does: a
+folder without it is no checkpoint. Where the newest is damaged, the one before it serves. The files are pickles, ours
+alone: their digests are checked before one is read.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,19 +27,21 @@ from tasks.training.ranks import barrier, rank, world_size
 from tasks.training.types import Engine
 
 LATEST = "latest.json"
+WHOLE = "whole.json"
 
 
-def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[str, Any]) -> None:
-    """Write the checkpoint of a step and drop older ones. All ranks call it.
+def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[str, Any], keep: int = 1) -> None:
+    """Write the checkpoint of a step and drop all but the last ones. All ranks call it.
 
     Args:
         folder: the stage's checkpoint folder.
         engines: name -> engine.
         state: what this rank's loop needs besides the engines, picklable.
+        keep: so many whole checkpoints stay, this one among them.
     """
     target = folder / f"step-{step:08d}"
     if rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)  # of a try that died before its latest.json
+        _drop(target)  # of a try that died in the midst of it
         target.mkdir(parents=True)
     barrier()
     for name, engine in engines.items():
@@ -44,52 +49,72 @@ def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[
     torch.save({"state": dict(state), "random": _random_state()}, target / f"rank-{rank()}.pt")
     barrier()
     if rank() == 0:
-        _point(folder, step, target)
+        _seal(step, target)
+        _write(folder / LATEST, {"step": step})
+        kept = _whole(folder, step)[:keep]
         for old in folder.glob("step-*"):
-            if old != target:
-                shutil.rmtree(old)
+            if old not in kept:
+                _drop(old)
     barrier()
 
 
 def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, Any]] | None:
-    """Continue the engines and random states from the newest checkpoint.
+    """Continue the engines and random states from the newest checkpoint that is undamaged.
 
-    Returns: its step and this rank's state, or None where there is no checkpoint. Raises ValueError for a damaged one
-    and for one of another number of ranks.
+    Returns: its step and this rank's state, or None where there is no checkpoint. Raises ValueError where all are
+    damaged, and for one of another number of ranks.
     """
     if not (folder / LATEST).exists():
         return None
-    latest = json.loads((folder / LATEST).read_text())
-    target = folder / f"step-{latest['step']:08d}"
-    if latest["world_size"] != world_size():
-        raise ValueError(
-            f"the checkpoint at step {latest['step']} was written by {latest['world_size']} processes, this run has "
-            f"{world_size()}; run it with as many again, or start the stage afresh with --force"
-        )
-    damaged = [name for name, digest in latest["files"].items() if not _has_digest(target / name, digest)]
-    if damaged:
-        raise ValueError(f"the checkpoint {target} is damaged ({damaged[0]}); start the stage afresh with --force")
-    barrier()
-    for name, engine in engines.items():
-        engine.load(target / name)
-    own = torch.load(target / f"rank-{rank()}.pt", weights_only=False)
-    _set_random_state(own["random"])
-    return latest["step"], own["state"]
+    for target in _whole(folder, json.loads((folder / LATEST).read_text())["step"]):
+        sealed = json.loads((target / WHOLE).read_text())
+        if sealed["world_size"] != world_size():
+            raise ValueError(
+                f"the checkpoint at step {sealed['step']} was written by {sealed['world_size']} processes, this run "
+                f"has {world_size()}; run it with as many again, or start the stage afresh with --force"
+            )
+        damaged = [name for name, digest in sealed["files"].items() if not _has_digest(target / name, digest)]
+        barrier()  # all ranks have looked
+        if not damaged:
+            if rank() == 0:
+                _write(folder / LATEST, {"step": sealed["step"]})
+            for name, engine in engines.items():
+                engine.load(target / name)
+            own = torch.load(target / f"rank-{rank()}.pt", weights_only=False)
+            _set_random_state(own["random"])
+            return sealed["step"], own["state"]
+        if rank() == 0:
+            print(f"the checkpoint {target} is damaged ({damaged[0]}); the one before it is taken", file=sys.stderr)
+            _drop(target)
+        barrier()
+    raise ValueError(f"no checkpoint in {folder} is undamaged; start the stage afresh with --force")
 
 
-def _point(folder: Path, step: int, target: Path) -> None:
+def _whole(folder: Path, newest: int) -> list[Path]:
+    """The whole checkpoints up to a step, the newest first."""
+    found = sorted((path.parent for path in folder.glob(f"step-*/{WHOLE}")), reverse=True)
+    return [path for path in found if path.name <= f"step-{newest:08d}"]
+
+
+def _drop(target: Path) -> None:
+    """Delete a checkpoint; cut short at any moment, it leaves none that looks whole."""
+    (target / WHOLE).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def _seal(step: int, target: Path) -> None:
     files = sorted(path for path in target.rglob("*") if path.is_file())
     for path in files:
         _flush(path)
-    latest = {
-        "step": step,
-        "world_size": world_size(),
-        "files": {path.relative_to(target).as_posix(): _digest(path) for path in files},
-    }
-    temporary = folder / f".{LATEST}"
-    temporary.write_text(json.dumps(latest))
+    digests = {path.relative_to(target).as_posix(): _digest(path) for path in files}
+    _write(target / WHOLE, {"step": step, "world_size": world_size(), "files": digests})
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value))
     _flush(temporary)
-    temporary.replace(folder / LATEST)
+    temporary.replace(path)
 
 
 def _flush(path: Path) -> None:

@@ -116,7 +116,7 @@ def run(job: Job) -> dict[str, Any]:
         stop = any_rank(job.should_stop(), job.device)
         if stop or ((step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps):
             saved = {"state": state, "ema": ema.state() if ema else None}
-            checkpoint.save(job.checkpoints, step + 1, trained, saved)
+            checkpoint.save(job.checkpoints, step + 1, trained, saved, config.keep_checkpoints)
         if stop:
             raise Stopped(step + 1)
     export(networks.policy.module, tokenizer, job.directory / "model")

@@ -90,7 +90,8 @@ def fit(
         late = config.checkpoint_minutes is not None and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
         due = step % config.checkpoint_every == 0 or any_rank(late, job.device)
         if stop or (due and step < steps):
-            checkpoint.save(job.checkpoints, step, {"model": engine}, {"course": tuple(course)})
+            state = {"course": tuple(course)}
+            checkpoint.save(job.checkpoints, step, {"model": engine}, state, config.keep_checkpoints)
             saved_at = time.monotonic()
         if stop:
             raise Stopped(step)

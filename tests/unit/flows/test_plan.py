@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,3 +125,26 @@ def test_a_fit_needs_the_models_sizes(tmp_path: Path) -> None:
     config = parse({"models": {"policy": str(tmp_path)}})
     with pytest.raises(ConfigError, match=r"--gpu needs the sizes of models\.policy, but .* has no config\.json here"):
         plan.will_it_fit(config, GPUS["h100"], 1)
+
+
+def test_a_measured_peak_stands_beside_its_prediction(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+             "num_attention_heads": 32, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
+    config = parse({"models": {"policy": {"hidden_size": 2048, "layers": 24, "heads": 32, "vocab_size": 49152}}})
+
+    def made(stage: str, metrics: dict[str, float]) -> StageRef:
+        (tmp_path / stage / "model").mkdir(parents=True)
+        (tmp_path / stage / "model" / "config.json").write_text(json.dumps(shape))
+        return StageRef(stage, "f" * 16, "d" * 64, str(tmp_path / stage), False, 1.0, metrics)
+
+    refs = {"sft": made("sft", {"peak_gib": 40.0}), "reward": made("reward", {}), "ppo": made("ppo", {"peak_gib": 50})}
+    (sft, ppo) = plan.measured(config, refs)
+    assert (sft.stage, ppo.stage) == ("sft", "ppo")
+    predicted = sft.setting.memory.allocated / 2**30
+    assert sft.compared == f"40.0 GiB measured, {predicted:.1f} predicted ({100 * (predicted / 40 - 1):+.0f}%)"
+    planned = {fit.stage: fit for fit in plan.will_it_fit(config, GPUS["h100"], 1, {"sft": {"peak_gib": 40.0}})}
+    assert planned["sft"].compared == sft.compared
+    assert planned["ppo"].compared == ""
+    assert plan.measured(config, {"sft": made("reward-base", {})}) == []
+    (tmp_path / "sft" / "model" / "config.json").write_text('{"model_type": "mamba"}')
+    assert plan.measured(config, refs) == []

@@ -97,6 +97,7 @@ def summary(refs) -> report.RunSummary:
         config=f"name: demo  # {EVIL}",
         versions={"demo-policy": "1 (candidate, champion)"},
         run_id="abc",
+        memory={"ppo": "31.0 GiB measured, 30.0 predicted (-3%)"},
     )
 
 
@@ -127,6 +128,11 @@ def test_nothing_that_was_generated_becomes_markup(summary):
     assert "49" not in re.sub(
         re.escape("{{ 7 * 7 }}"), "", shown.text.split("Answers side by side")[1].split("Data")[0]
     )
+
+
+def test_a_measured_peak_stands_beside_its_prediction(summary):
+    assert "31.0 GiB measured, 30.0 predicted (-3%)" in Page(report.render(summary)).text
+    assert "Peak memory" not in Page(report.render(replace(summary, memory={}))).text
 
 
 def test_page_needs_nothing_else(summary):

@@ -200,14 +200,21 @@ def test_cached_stage_is_linked_to_the_run_that_made_it(store, parent, tmp_path)
     assert data.metrics == {"ppo/kl": 2.0}
 
 
-def test_tracker_logs_every_step(store, parent):
+def test_tracker_logs_every_step_and_the_machine(store, parent, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     tracker = tracking.Tracker(store.uri, parent)
+    deadline = time.monotonic() + 20
+    while "system/cpu_utilization_percentage" not in client(store).get_run(parent).data.metrics:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     for step in range(1, 1201):
         tracker.log(step, {"sft/loss": 1 / step, "memory/peak_gib": 2.0})
     tracker.close()
     history = client(store).get_metric_history(parent, "sft/loss")
     assert sorted(point.step for point in history) == list(range(1, 1201))
-    assert client(store).get_run(parent).data.metrics["sft/loss"] == 1 / 1200
+    metrics = client(store).get_run(parent).data.metrics
+    assert metrics["sft/loss"] == 1 / 1200
+    assert 0 < metrics["system/system_memory_usage_percentage"] < 100
 
 
 def test_tracker_takes_the_same_step_twice(store, parent):

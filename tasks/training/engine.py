@@ -6,6 +6,7 @@ Different from DeepSpeed's own defaults: the gradient of an optimizer batch is t
 """
 
 import copy
+import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,6 +159,7 @@ def start(device: str) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    gc.freeze()  # DeepSpeed collects garbage six times for a bf16 optimizer; what is imported is none
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
     return torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 

@@ -22,14 +22,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-for name, value in {
-    "RANK": 0,
-    "LOCAL_RANK": 0,
-    "WORLD_SIZE": 1,
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": 29571,
-}.items():
-    os.environ.setdefault(name, str(value))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
@@ -38,11 +30,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tasks.config import EngineConfig, OptimizerConfig, PPOConfig
 from tasks.training import ppo
 from tasks.training.ema import Ema
-from tasks.training.engine import frozen_engine, start, train_engine
+from tasks.training.engine import frozen_engine, train_engine
 from tasks.training.experience import Networks
 from tasks.training.job import Job
+from tasks.training.lora import Base, add_adapters
 from tasks.training.models import Policy, ScalarModel
 from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
+from tests.bench.process import start_alone
 from tests.bench.records import hardware, last, record
 
 DSCHAT = {"name": "DeepSpeed-Chat", "value": 11.4, "source": "same work on one H100, scoring left out; TRL 1.12: 5.2"}
@@ -166,24 +160,48 @@ def whole_steps(
     }
     engines = {f"{network}_engine": engine for network in ("policy", "critic", "reference", "reward")}
     config = PPOConfig(**settings, **engines, rollout={"keep_cache": not real_lengths})
+    networks = networks_of(size, config, device, GivenLengths if real_lengths else SlotEngine)
+    return measured_steps(size, config, networks, device, 2 if real_lengths else size.repeats)
+
+
+def networks_of(size: Size, config: PPOConfig, device: torch.device, slots: type[SlotEngine] = SlotEngine) -> Networks:
+    """The four networks with random weights; an adapted policy is its own reference."""
     adam = OptimizerConfig(learning_rate=1e-6, eps=1e-5)
     half = torch.bfloat16 if size.precision == "bf16" else torch.float32
-    policy = Policy(model_of(AutoModelForCausalLM, size.policy, torch.float32, device))
-    critic = ScalarModel(model_of(AutoModelForSequenceClassification, size.critic, torch.float32, device))
-    reference = Policy(model_of(AutoModelForCausalLM, size.policy, half, device))
+
+    def trained(wrapper: Any, auto_class: Any, shape: OPTConfig, network: str) -> Any:
+        lora = getattr(config, f"{network}_lora")
+        # An adapted base has no master weights, and in fp32 would not fit.
+        model = model_of(auto_class, shape, torch.float32 if lora is None else half, device)
+        if lora is not None:
+            add_adapters(model, lora, network)
+        return train_engine(wrapper(model), getattr(config, f"{network}_engine"), adam, 100, device, network)
+
+    policy = trained(Policy, AutoModelForCausalLM, size.policy, "policy")
+    if config.policy_lora is not None:
+        reference: Any = Base(policy)
+    else:
+        same = Policy(model_of(AutoModelForCausalLM, size.policy, half, device))
+        reference = frozen_engine(same, config.reference_engine, device, "reference")
     reward = ScalarModel(model_of(AutoModelForSequenceClassification, size.critic, half, device))
-    trained = train_engine(policy, engine, adam, 100, device, "policy")
-    slots = GivenLengths if real_lengths else SlotEngine
-    networks = Networks(
-        policy=trained,
-        critic=train_engine(critic, engine, adam, 100, device, "critic"),
-        reference=frozen_engine(reference, engine, device, "reference"),
-        reward_model=frozen_engine(reward, engine, device, "reward"),
+    rows = min(config.rollout_batch_size, 256)
+    return Networks(
+        policy=policy,
+        critic=trained(ScalarModel, AutoModelForSequenceClassification, size.critic, "critic"),
+        reference=reference,
+        reward_model=frozen_engine(reward, config.reward_engine, device, "reward"),
         score_mean=0.0,
         eos=-1,
         pad=1,
-        slots=slots(policy.model, min(prompts, 256), size.prompt, size.answer),
+        slots=slots(policy.module.model, rows, size.prompt, size.answer),
     )
+
+
+def measured_steps(
+    size: Size, config: PPOConfig, networks: Networks, device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Samples per second of whole steps, the median of some, after two that are not counted."""
+    prompts = config.rollout_batch_size
     stage = Job(
         "ppo",
         Path(tempfile.mkdtemp()),
@@ -194,11 +212,9 @@ def whole_steps(
         _ignore,
         _never,
     )
-    data: Any = ppo.Data(
-        [{"prompt": ids} for ids in prompts_of(size, prompts)],  # type: ignore[arg-type]
-        [{"tokens": ids * 2} for ids in prompts_of(size, size.batch)] if extras else None,  # type: ignore[arg-type]
-    )
-    ema = Ema(networks.policy.module, 0.992) if extras else None
+    text = [{"tokens": ids * 2} for ids in prompts_of(size, size.batch)] if config.ptx_coef else None
+    data: Any = ppo.Data([{"prompt": ids} for ids in prompts_of(size, prompts)], text)  # type: ignore[arg-type]
+    ema = None if config.ema_decay is None else Ema(networks.policy.module, config.ema_decay)
     state = ppo.State(config.kl_coef)
     metrics: list[dict[str, float]] = []
 
@@ -207,7 +223,7 @@ def whole_steps(
 
     first = clocked(step, device)
     clocked(step, device)
-    seconds = statistics.median(clocked(step, device) for _ in range(2 if real_lengths else size.repeats))
+    seconds = statistics.median(clocked(step, device) for _ in range(repeats))
     parts = {
         f"{part}_s": statistics.median(row[f"time/{part}_s"] for row in metrics[2:])
         for part in ("generate", "score", "train")
@@ -259,7 +275,7 @@ def main() -> None:
     size = TINY if chosen.tiny else replace(FULL, compiled=not chosen.eager)
     if chosen.micro_batch:
         size = replace(size, micro_batch=chosen.micro_batch)
-    device = start("cpu" if chosen.tiny else "cuda")
+    device = start_alone("cpu" if chosen.tiny else "cuda")
     print(f"{'case':24}{'metric':16}{'value':>12}   on {hardware()}")
     for case in chosen.cases or CASES:
         found = CASES[case](size, device)

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,14 +22,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-for name, value in {
-    "RANK": 0,
-    "LOCAL_RANK": 0,
-    "WORLD_SIZE": 1,
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": 29572,
-}.items():
-    os.environ.setdefault(name, str(value))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
@@ -40,11 +31,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.batches import chunks, language_batch, language_tokens, pair_batch, pair_tokens, right_padded
-from tasks.training.engine import start, train_engine
+from tasks.training.engine import train_engine
 from tasks.training.losses import pairwise_loss
 from tasks.training.models import Policy, ScalarModel, without_dropout
 from tasks.training.reward import scores
 from tasks.training.supervised import own_share
+from tests.bench.process import printed_apart, start_alone
 from tests.bench.records import hardware, record
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -142,7 +134,7 @@ def plain_batch(case: Case, rows: Sequence[dict[str, Any]], device: torch.device
 
 def run_side(name: str, case: Case, side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds per step and tokens of one side, in this process."""
-    device = start("cpu" if options.tiny else "cuda")
+    device = start_alone("cpu" if options.tiny else "cuda")
     batches = samples(name, case, options)
     shape = yaml.safe_load((SHAPES / f"{'tiny' if options.tiny else case.shape}.yaml").read_text())
     config = without_dropout(AutoConfig.for_model(**shape, pad_token_id=0, num_labels=1))
@@ -235,21 +227,15 @@ def flop_of(config: Any, module: nn.Module, length: int) -> float:
 
 def in_process(name: str, case: Case, side: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """The same in a process of its own, so that neither side leaves memory behind; None if it failed."""
-    command = [sys.executable, __file__, name, "--side", side, "--case", json.dumps(asdict(case))]
+    command = [__file__, name, "--side", side, "--case", json.dumps(asdict(case))]
     command += [*(["--tiny"] if options.tiny else []), "--tokenizer", options.tokenizer]
     command += [*(["--hub", options.hub] if options.hub else []), *(["--profile"] if options.profile else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds, check=False)
-    except subprocess.TimeoutExpired:
-        print(f"{name} {side}: not done within {options.seconds} s")
+    lines = printed_apart(f"{name} {side}", command, options.seconds)
+    if lines is None:
         return None
-    if done.returncode:
-        print(f"{name} {side} failed:\n{done.stderr[-1500:]}")
-        return None
-    *before, last = done.stdout.splitlines()
     if options.profile:
-        print("\n".join(before))
-    found: dict[str, Any] = json.loads(last)
+        print("\n".join(lines[:-1]))
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
@@ -282,8 +268,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
     """Both sides of a case, printed; ours is recorded beside the plain way's."""
     case = CASES[name]
     if options.tiny:
-        case = replace(case, batch_size=8, plain_micro=4, micro_batch_tokens=512, compiled=False, precision="fp32")
-        case = replace(case, warmup=1, steps=2)
+        case = small(case)
     for text in options.tries:
         case_tried = replace(case, **{k: yaml.safe_load(v) for k, v in (part.split("=") for part in text.split(","))})
         show(name, f"ours {text}", in_process(name, case_tried, "ours", options))
@@ -300,6 +285,12 @@ def compare(name: str, options: argparse.Namespace) -> None:
         for metric, unit in METRICS.items():
             value = plain["tokens_per_s" if metric == "speedup" else metric]
             record("train", name, metric, ours[metric], unit, {"name": "plain way, same run", "value": value})
+
+
+def small(case: Case) -> Case:
+    """What `--tiny` makes of a case."""
+    case = replace(case, batch_size=8, plain_micro=4, micro_batch_tokens=512, compiled=False, precision="fp32")
+    return replace(case, warmup=1, steps=2)
 
 
 def show(name: str, side: str, found: dict[str, Any] | None) -> None:

@@ -2,26 +2,15 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.batches import right_padded
-from tasks.training.engine import start, train_engine
+from tasks.training.engine import train_engine
 from tasks.training.models import Policy
 from tests.tiny import tiny_llama
 
 TEXT = [[3 + (row * place) % 40 for place in range(1, 9)] for row in range(1, 9)]
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory):
-    ports = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29777}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ports.items():
-            patch.setenv(name, str(value))
-        yield start("cpu")
-        dist.destroy_process_group()
 
 
 def norms(device, micro_batch: int, **settings) -> list[float]:
@@ -37,8 +26,12 @@ def norms(device, micro_batch: int, **settings) -> list[float]:
     return [engine.optimizer_step(batches, loss_of, 56.0).grad_norm for _ in range(3)]
 
 
+@pytest.fixture(scope="module")
+def expected(one_rank) -> list[float]:
+    return norms(one_rank, 8, precision="fp32")
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("micro_batch", [8, 1])
-def test_bf16_steps_as_fp32_does(device, stage, micro_batch):
-    expected = norms(device, 8, precision="fp32")
-    assert norms(device, micro_batch, precision="bf16", zero_stage=stage) == pytest.approx(expected, rel=0.01)
+def test_bf16_steps_as_fp32_does(one_rank, expected, stage, micro_batch):
+    assert norms(one_rank, micro_batch, precision="bf16", zero_stage=stage) == pytest.approx(expected, rel=0.01)

@@ -13,8 +13,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from tasks.config import LoraConfig
 from tasks.training.batches import left_padded
 from tasks.training.decoder import Joint, UnsupportedError, decoder_of
+from tasks.training.lora import add_adapters
 from tasks.training.models import Policy
 from tasks.training.rollout import generate, truncated
 from tasks.training.rollout_slots import Request, Sampling, SlotEngine
@@ -149,6 +151,40 @@ def test_weights_that_change_are_seen_and_never_copied(opt350):
     assert after == answers(sampled(model, greedy=True))
     model.double().float()  # every parameter moves
     assert answers(engine.generate(request, sampling)) == after
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt-neox"])
+def test_an_adapted_policy_answers_as_transformers_does_and_only_its_adapters_learn(family):
+    model = make(FAMILIES[family])
+    base = [parameter.clone() for parameter in model.parameters()]
+    engine = SlotEngine(model, 4, 6, TOKENS)
+    rows = left_padded(PROMPTS, PAD, CPU)
+    request, sampling = Request(rows.input_ids, rows.attention_mask), Sampling(TOKENS, eos_id=EOS, greedy=True)
+    plain = answers(engine.generate(request, sampling))
+    add_adapters(model, LoraConfig(rank=4, alpha=12), "ppo.policy_lora")
+    engine = SlotEngine(model, 4, 6, TOKENS)
+    assert answers(engine.generate(request, sampling)) == plain  # adapters begin at nothing
+    learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name, parameter in learnt.items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    made = engine.generate(request, sampling)
+    found = answers(made)
+    assert found != plain
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=PAD)
+        assert answer == whole[0, len(prompt) :].tolist()
+    rollout = made.rollout()
+    start = rollout.sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
+    again = Policy(model)(rollout.sequences, start, 1.0).logprobs[rollout.answer_mask]
+    assert_close(rollout.logprobs[rollout.answer_mask], again, atol=1e-5, rtol=1e-5)
+    again.sum().backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == set(learnt)
+    assert all("lora_" in name for name in learnt)
+    kept = [parameter for name, parameter in model.named_parameters() if name not in learnt]
+    assert all(torch.equal(before, after) for before, after in zip(base, kept, strict=True))
 
 
 def test_the_cache_is_given_back_and_made_anew(opt350):

@@ -1,0 +1,54 @@
+"""Every bench of training runs in small, so that none has rotted when a GPU is at hand."""
+
+import argparse
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tasks.shapes import GIB
+from tests.bench import memory, ppo, train
+from tests.bench.process import printed_apart
+
+TINY = argparse.Namespace(tiny=True, hub=None, profile=False, tokenizer="")
+
+
+@pytest.mark.parametrize("case", ["rollout-b64", "fixed-1.3b-b64-ptx-ema", "eos-1.3b-b64"])
+def test_ppo(one_rank: torch.device, case: str) -> None:
+    found = ppo.CASES[case](ppo.TINY, one_rank)
+    assert all(value > 0 for name, value in found.items() if name not in ("peak_gib", "logprob_gap"))
+    assert found.get("logprob_gap", 0.0) < 1e-4
+
+
+@pytest.mark.parametrize("side", ["plain", "ours"])
+@pytest.mark.parametrize("name", ["sft-1.7b-2048", "reward-350m"])
+def test_train(one_rank: torch.device, name: str, side: str) -> None:
+    found = train.run_side(name, train.small(train.CASES[name]), side, TINY)
+    assert found["tokens_per_s"] > 0
+    assert found["mfu"] > 0
+
+
+def test_memory_runs_with_adapters(one_rank: torch.device) -> None:
+    assert memory.measured(memory.CASES["32gb"], tiny=True)["samples_per_s"] > 0
+
+
+@pytest.mark.parametrize(("name", "least"), [("32gb", 6.6), ("40gb", 12.8), ("48gb", 12.8), ("80gb", 29.9)])
+def test_the_largest_policies_fit_by_prediction(name: str, least: float) -> None:
+    case = memory.CASES[name]
+    assert case.params_b > least
+    assert memory.predicted(memory.size_of(case, tiny=False)).needed < 0.98 * case.gib * GIB
+    larger = replace(case, policy=ppo.opt(7168, 96, 56))
+    assert memory.predicted(memory.size_of(larger, tiny=False)).needed > case.gib * GIB
+
+
+def test_a_bench_that_hangs_is_ended_with_all_that_it_started(capfd: pytest.CaptureFixture[str]) -> None:
+    # Its child holds the pipe open, as a worker that compiles kernels does.
+    program = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.monotonic()
+    assert printed_apart("case", ["-c", f"{program}; time.sleep(60)"], 1) is None
+    assert time.monotonic() - started < 20
+    assert "case: not done within 1 s" in capfd.readouterr().out
+    assert printed_apart("case", ["-c", "print(1); print(2)"], 20) == ["1", "2"]
+    assert printed_apart("case", ["-c", "raise SystemExit('no memory')"], 20) is None
+    assert "no memory" in capfd.readouterr().out

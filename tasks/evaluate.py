@@ -5,9 +5,9 @@ which PPO never saw; `tasks.compared` says what they come to.
 
 `evaluate` sets PPO against SFT, and the moving average of PPO's weights against its last, and is absolute: nothing in
 it depends on what serves now. `compare` sets the candidate against the present champion; it reads the candidate's
-answers from `evaluate` and adds the champion's. Prompts are paired and each batch's randomness is its own, so the same
-model gives the same answers in both. A champion may have a tokenizer and chat template of its own: it is asked in its
-own words, and judged by the text of its answers.
+answers from `evaluate` and adds the champion's. Prompts are paired and an answer's randomness is that of its place, so
+the same model gives the same answers in both. A champion may have a tokenizer and chat template of its own: it is asked
+in its own words, and judged by the text of its answers.
 """
 
 import json
@@ -31,11 +31,12 @@ from tasks import untrusted
 from tasks.compared import PROXY, SCORERS, comparison, measured
 from tasks.config import EvaluateConfig
 from tasks.diversity import repetition
-from tasks.training.batches import at, chunks, left_padded, right_padded
+from tasks.training import sampling
+from tasks.training.batches import at, chunks, right_padded
 from tasks.training.job import Job
 from tasks.training.models import DTYPES, Policy, ScalarModel, load_policy, load_scalar
-from tasks.training.rollout import generate
 from tasks.training.samples import SAMPLES
+from tasks.training.sampling import Drawing
 from tasks.training.types import Rollout
 
 ANSWERS = "answers.jsonl"
@@ -145,20 +146,18 @@ def answers(
     """A policy's answer to each prompt with what is measured of it, as columns `name`, `name_reward`, ..."""
     columns: list[dict[str, Any]] = []
     tokenizer, ours = contestant.tokenizer, contestant.tokenizer is panel.tokenizer
-    for part in chunks(prompts, config.batch_size):
-        generator = torch.Generator(job.device).manual_seed(job.config["seed"] * 1_000_003 + len(columns))
-        asked = [row["prompt"] if ours else prompt_ids(tokenizer, row["messages"]) for row in part]
-        rollout = generate(
-            contestant.policy.model,
-            left_padded(asked, tokenizer.pad_token_id, job.device),
-            job.config["max_answer_tokens"],
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            config.sampling.temperature,
-            generator,
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-        )
+    asked = [row["prompt"] if ours else prompt_ids(tokenizer, row["messages"]) for row in prompts]
+    how = Drawing(
+        limit=job.config["max_answer_tokens"],
+        temperature=config.sampling.temperature,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        seed=job.config["seed"] * 1_000_003,
+        top_k=config.sampling.top_k,
+        top_p=config.sampling.top_p,
+    )
+    drawn = sampling.answers(contestant.policy.model, asked, how, config.batch_size, job.device)
+    for part, rollout in zip(chunks(prompts, config.batch_size), drawn, strict=True):
         columns += measure(job, config, panel, contestant, part, rollout)
         told(len(columns))
     return columns

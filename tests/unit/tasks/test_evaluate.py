@@ -158,18 +158,15 @@ def test_perplexity_is_that_of_the_language_model(tmp_path, data, ours):
 def test_a_champion_with_another_tokenizer_is_asked_and_judged_by_text(tmp_path, data, ours, other, monkeypatch):
     evaluated(tmp_path, data, ours, ours["policy"])
     asked = []
-    generate = evaluate.generate
+    drawn = evaluate.sampling.answers
     monkeypatch.setattr(
-        evaluate,
-        "generate",
-        lambda model, prompts, *rest, **named: asked.append(prompts) or generate(model, prompts, *rest, **named),
+        evaluate.sampling, "answers", lambda model, prompts, *how: asked.extend(prompts) or drawn(model, prompts, *how)
     )
     evaluate.run(
         job("compare", tmp_path / "compare", data, ours, evaluate=tmp_path / "evaluate", champion=other["policy"])
     )
     theirs, judged = load_tokenizer(other["policy"]), load_tokenizer(ours["reward"])
-    texts = [theirs.decode(ids[mask]) for batch in asked for ids, mask in zip(*batch[:2], strict=True)]
-    assert texts == [f"<user>{question}<assistant>" for question in QUESTIONS]
+    assert [theirs.decode(ids) for ids in asked] == [f"<user>{question}<assistant>" for question in QUESTIONS]
     judge = LlamaForSequenceClassification.from_pretrained(ours["reward"]).eval()
     for row, question in zip(rows_of(tmp_path / "compare"), QUESTIONS, strict=True):
         messages = [Message(role="user", content=question)]

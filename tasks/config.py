@@ -43,6 +43,10 @@ UNSUPERVISED = "unsupervised"
 """What the unsupervised text is called among the sources."""
 
 
+SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
+"""Names of values that are kept nowhere: a config is a parameter of Prefect and a record of every stage."""
+
+
 class ConfigError(ValueError):
     """A config that a user can mend; the message says how."""
 
@@ -243,6 +247,12 @@ class EngineConfig(Section):
             section, _, key = path.partition(".")
             if section in raw and (not key or (isinstance(raw[section], dict) and key in raw[section])):
                 raise ValueError(f"{path} is decided by {ours}; set that instead")
+        for name, values in raw.items():
+            for key, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, str) and SECRET.search(key):
+                    raise ValueError(
+                        f"{name}.{key} is a secret, which a config must not hold; set it in the environment"
+                    )
         return raw
 
     @model_validator(mode="after")

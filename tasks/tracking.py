@@ -35,7 +35,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from filelock import FileLock
 
-from tasks.config import RunConfig
+from tasks.config import SECRET, RunConfig
 from tasks.stages import RECORDS, StageRef, read_manifest, write_json
 
 EXPERIMENT = "rlhf-flows"
@@ -46,7 +46,6 @@ RUN_FILE = "mlflow.json"
 LONGEST_VALUE = 500
 LONGEST_DESCRIPTION = 5000
 """Of MLflow's column."""
-SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.IGNORECASE)
 SECONDS_BETWEEN_FLUSHES = 2.0
 SECONDS_TO_CLOSE = 15.0  # a stopping worker has 20 s
 WAITING_METRICS = 200_000  # beyond so many a dead server's metrics are let go; metrics.jsonl has them

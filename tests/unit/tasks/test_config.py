@@ -69,6 +69,12 @@ def test_a_raw_deepspeed_key_that_the_config_decides_is_named(raw: dict, said: s
         parse({"ppo": {"critic_engine": {"deepspeed": raw}}})
 
 
+def test_a_secret_among_raw_deepspeed_keys_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"comet\.api_key is a secret, which a config must not hold") as refused:
+        parse({"sft": {"engine": {"deepspeed": {"comet": {"enabled": False, "api_key": "a-canary"}}}}})
+    assert "a-canary" not in str(refused.value)
+
+
 def test_other_raw_deepspeed_keys_are_kept() -> None:
     raw = {"fp16": {"initial_scale_power": 12}, "zero_optimization": {"reduce_bucket_size": 10**7}}
     assert parse({"sft": {"engine": {"deepspeed": raw}}}).sft.engine.deepspeed == raw

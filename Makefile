@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DO_NOT_TRACK := 1
 
-.PHONY: install demo test test-all check audit lint gpu-test clean
+.PHONY: install demo gpu-demo test test-all check audit lint gpu-test clean
 
 install: .venv/installed
 
@@ -16,6 +16,10 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/rlhf run infra/runs/demo.yaml
+
+# SmolLM2-135M on the six real sets, on a CUDA machine: from the hub, or SETTINGS="--set data.hub=DIR --set models.policy=DIR".
+gpu-demo: install
+	$(BIN)/rlhf run infra/runs/smollm2-135m.yaml $(SETTINGS)
 
 test: install
 	$(BIN)/pytest -q -m "not slow and not gpu" tests

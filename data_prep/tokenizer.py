@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.conversation import HUMAN_ASSISTANT_TEMPLATE, Message
+from data_prep.model_files import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 NEW_PAD = "<|pad|>"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.model_files import TOKENIZER_FILES
 from tasks.config import SIX_SETS, UNSUPERVISED, ConfigError, RunConfig, SourceConfig, TinyModel
 from tasks.stages import Stage, StageRef
 
@@ -23,7 +24,6 @@ STEPS = (*STAGES, "register", "promote")
 """What a run does, by the names that `--from` and `--until` take."""
 EVALUATION = ("tasks.evaluate", "tasks.compared", "tasks.paired", "tasks.diversity")
 """Modules whose code decides an evaluation."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,26 @@
 """DeepSpeed engines against plain torch: one optimizer batch is one gradient, however it is cut up and shared."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.integration.programs import engine_steps
+from tests.ranks import finish, start_ranks
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 PROGRAM = Path(__file__).parent / "programs" / "engine_steps.py"
 FP16_PROGRAM = PROGRAM.with_name("fp16_steps.py")
 
 
-def run_ranks(program: Path, processes: int, *arguments: object) -> str:
-    """A program of this folder as so many ranks -> what the first one printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(processes):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(program), *map(str, arguments)]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs[0][-3000:]
-    return outputs[0]
-
-
 def run_steps(out: Path, processes: int, stage: int, tokens: int, extra: list[str] | None = None) -> dict:
-    """Three optimizer steps of batches of 8 in a process (group) of its own -> its losses, norms and weight digest."""
-    run_ranks(PROGRAM, processes, out, stage, tokens, *(extra or []))
+    """Three optimizer steps of batches of 8 -> their losses, norms and weight digest; one rank needs no own process."""
+    arguments = [str(out), str(stage), str(tokens), *(extra or [])]
+    if processes == 1:
+        engine_steps.main(arguments)
+    else:
+        finish(start_ranks([PROGRAM, *arguments], processes))
     return json.loads((out / "result.json").read_text())
 
 
@@ -101,7 +84,7 @@ def test_adapters_resume_bit_for_bit_on_an_untouched_base_and_are_merged(tmp_pat
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_an_fp16_overflow_of_one_engine_skips_the_step_of_both(stage):
-    printed = run_ranks(FP16_PROGRAM, 1, stage).splitlines()
+    printed = finish(start_ranks([FP16_PROGRAM, stage], 1)).splitlines()
     first, second, third = (json.loads(line) for line in printed if line.startswith("{"))
     norm = 20**0.5  # of four rows of ones and four biases of one
     for step in (first, third):

@@ -1,14 +1,8 @@
 """PPO in the worker: one that is killed in the middle ends with the same weights as one that is not, bit for bit."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +16,11 @@ from data_prep.tokenise import SCHEMAS
 from data_prep.tokenizer import prompt_ids
 from tasks.base import train_tokenizer
 from tasks.config import PPOConfig
+from tests.ranks import Ranks, after_step, finish, start_stage
 from tests.tiny import tiny_llama_for
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TEXTS = ["tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
 PPO = {
     "steps": 6,
@@ -65,56 +59,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("data", "split", "sft", "reward")}
 
 
-def start(
-    directory: Path, inputs: dict[str, Path], processes: int, stage: int, rollout: str = "auto"
-) -> list[subprocess.Popen[str]]:
+def start(directory: Path, inputs: dict[str, Path], processes: int, stage: int, rollout: str = "auto") -> Ranks:
     """The ranks of a PPO stage in `directory`, which may hold a checkpoint."""
     engines = {f"{name}_engine": {"precision": "fp32", "zero_stage": stage} for name in ("policy", "critic")}
     frozen = {f"{name}_engine": {"precision": "fp32", "zero_stage": stage} for name in ("reference", "reward")}
-    spec: dict[str, Any] = {
-        "stage": "ppo",
-        "config": {
-            "ppo": PPOConfig(**PPO, **engines, **frozen, rollout={"engine": rollout}).model_dump(mode="json"),
-            "seed": 3,
-            "max_answer_tokens": 8,
-        },
-        "inputs": {name: str(path) for name, path in inputs.items()},
-        "device": "cpu",
-        "tracking": None,
+    config = {
+        "ppo": PPOConfig(**PPO, **engines, **frozen, rollout={"engine": rollout}).model_dump(mode="json"),
+        "seed": 3,
+        "max_answer_tokens": 8,
     }
-    (directory / "records").mkdir(parents=True, exist_ok=True)
-    (directory / "records" / "config.json").write_text(json.dumps(spec))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(processes):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in own.items()}
-        command = [sys.executable, "-m", "tasks.worker", "ppo", str(directory)]
-        ranks.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-        )
-    return ranks
-
-
-def finish(ranks: list[subprocess.Popen[str]]) -> None:
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs[0][-3000:]
-
-
-def kill_after_step(directory: Path, ranks: list[subprocess.Popen[str]], step: int) -> None:
-    """SIGKILL all ranks as soon as the metrics of a step are there: in the midst of the next rollout or update."""
-    rows = directory / "records" / "metrics.jsonl"
-    end = time.monotonic() + 200
-    while not (rows.exists() and len(rows.read_text().splitlines()) >= step):
-        assert time.monotonic() < end
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-3000:]
-        time.sleep(0.005)
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
-    for rank in ranks:
-        rank.communicate()
+    return start_stage("ppo", directory, config, inputs, processes)
 
 
 @pytest.mark.timeout(600)
@@ -125,7 +79,9 @@ def test_a_killed_ppo_ends_with_the_same_weights(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finish(start(whole, inputs, processes, stage))
     ranks = start(parts, inputs, processes, stage)
-    kill_after_step(parts, ranks, 3)
+    after_step(parts, ranks, 3, signal.SIGKILL)
+    for rank in ranks:
+        rank.communicate()
     latest = json.loads((parts / "checkpoints" / "latest.json").read_text())
     assert latest["step"] == 2
     finish(start(parts, inputs, processes, stage))

@@ -1,12 +1,7 @@
 """SFT and the reward model in the worker: killed or stopped, they end with the weights of the undisturbed run."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +15,11 @@ from data_prep.tables import table_writer
 from data_prep.tokenise import SCHEMAS
 from tasks.base import train_tokenizer
 from tasks.config import RewardConfig, SFTConfig
+from tests.ranks import Ranks, after_step, finish, start_stage
 from tests.tiny import tiny_llama_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 TEXTS = ["tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
 CONFIG: dict[str, Any] = {
     "batch_size": 8,
@@ -64,51 +59,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("data", "split", "base")}
 
 
-def start(
-    kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int
-) -> list[subprocess.Popen[str]]:
+def start(kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int) -> Ranks:
     """The ranks of a stage in `directory`, which may hold a checkpoint."""
     section = {"sft": SFTConfig, "reward": RewardConfig}[kind]
     config = section(**CONFIG, engine={"precision": "fp32", "zero_stage": zero})
-    spec = {
-        "stage": kind,
-        "config": {kind: config.model_dump(mode="json"), "seed": 3},
-        "inputs": {name: str(path) for name, path in inputs.items()},
-        "device": "cpu",
-        "tracking": None,
-    }
-    (directory / "records").mkdir(parents=True, exist_ok=True)
-    (directory / "records" / "config.json").write_text(json.dumps(spec))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(processes):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in own.items()}
-        command = [sys.executable, "-m", "tasks.worker", kind, str(directory)]
-        ranks.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-        )
-    return ranks
-
-
-def finish(ranks: list[subprocess.Popen[str]], code: int = 0) -> str:
-    outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [code] * len(ranks), outputs[0][-3000:]
-    return outputs[0]
-
-
-def after_step(directory: Path, ranks: list[subprocess.Popen[str]], step: int, number: int) -> None:
-    """Send the ranks a signal as soon as the metrics of a step are there: in the midst of the next step."""
-    rows = directory / "records" / "metrics.jsonl"
-    end = time.monotonic() + 400
-    while not (rows.exists() and len(rows.read_text().splitlines()) >= step):
-        assert time.monotonic() < end
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-3000:]
-        time.sleep(0.005)
-    for rank in ranks:
-        rank.send_signal(number)
+    return start_stage(kind, directory, {kind: config.model_dump(mode="json"), "seed": 3}, inputs, processes)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("stage", type=int)
     parser.add_argument("tokens", type=int)
     parser.add_argument("--until", type=int, default=STEPS)
     parser.add_argument("--lora", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     policy = Policy(LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **SHAPE)))
     draw = torch.Generator().manual_seed(1)
@@ -138,4 +138,5 @@ def one_by_one(policy: Policy, batch: list) -> torch.Tensor:
     return total / tokens
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -139,11 +139,9 @@ def test_model_folders_that_are_none(
         with_(tree, models__policy=str(tmp_path / "model"))
 
 
-def test_tokenizer_files_are_those_that_data_preparation_loads() -> None:
+def test_the_six_sets_are_those_that_data_preparation_knows() -> None:
     from data_prep.sources import SOURCES
-    from data_prep.tokenizer import TOKENIZER_FILES
 
-    assert dag.TOKENIZER_FILES == TOKENIZER_FILES
     assert tuple(SOURCES) == SIX_SETS
 
 

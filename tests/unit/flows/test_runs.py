@@ -1,0 +1,53 @@
+"""The run configs that the repo ships: each is read, and those for a GPU fit the GPU that they name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks import dag, plan
+from tasks.config import load
+from tasks.shapes import GPUS
+
+ROOT = Path(__file__).parents[3]
+RUNS = sorted((ROOT / "infra" / "runs").glob("*.yaml"))
+SHAPES = ROOT / "tests" / "bench" / "shapes"
+OPT_350M, SMOLLM2 = (yaml.safe_load((SHAPES / f"{name}.yaml").read_text()) for name in ("opt-350m", "smollm2-135m"))
+OPT_1B: dict[str, Any] = OPT_350M | {
+    "hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048,
+    "do_layer_norm_before": True,
+}  # fmt: skip
+LLAMA_7B: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_shipped_config_is_read_and_has_its_stages(path: Path) -> None:
+    config = load(path)
+    assert config.name == path.stem.replace(".", "-")
+    assert {"sft", "reward", "gold", "ppo", "evaluate"} <= set(dag.graph(config))
+
+
+@pytest.mark.parametrize(
+    ("run", "gpu", "models"),
+    [
+        ("smollm2-135m", "l4", {"policy": SMOLLM2}),
+        ("opt-1.3b", "h100", {"policy": OPT_1B, "reward": OPT_350M}),
+        ("llama-7b", "a100", {"policy": LLAMA_7B}),
+    ],
+)
+def test_it_fits_its_gpu_by_prediction(tmp_path: Path, run: str, gpu: str, models: dict[str, dict[str, Any]]) -> None:
+    changes = []
+    for role, shape in models.items():
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "config.json").write_text(json.dumps(shape))
+        changes.append(f"models.{role}={tmp_path / role}")
+    config = load(ROOT / "infra" / "runs" / f"{run}.yaml", changes)
+    fits = plan.will_it_fit(config, GPUS[gpu], plan.gpus_of(config))
+    assert {fit.stage: fit.fits for fit in fits} == {"sft": True, "reward": True, "ppo": True}, [
+        (fit.stage, fit.setting.memory.needed / 2**30) for fit in fits
+    ]

@@ -84,6 +84,9 @@ class Outcome:
 
 
 def _run_name() -> str:
+    """A run that comes back, after a crash or a decision, keeps the name that its MLflow run and report have."""
+    if flow_run.run_count:  # how often it was started before
+        return str(flow_run.name)
     return f"{flow_run.parameters['config'].name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 

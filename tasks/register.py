@@ -64,7 +64,7 @@ class Registration:
         return asdict(self)
 
 
-@task(name="register", cache_policy=NO_CACHE, persist_result=False)
+@task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
 def register_models(store: tracking.Store, config: RunConfig, refs: Mapping[str, StageRef], run_id: str | None) -> Any:
     """Register the models of a run as `NAME-policy`, `NAME-reward` and `NAME-ema` with the alias `candidate`.
 

@@ -213,7 +213,7 @@ def pages(store: tracking.Store, made_by: Mapping[str, str]) -> dict[str, str]:
     """Title -> address of the pages about the run that made a stage; Prefect's own as the path on its server."""
     found = {}
     if flow_run_id := made_by.get("flow_run_id"):
-        found["Prefect run"] = f"/runs/flow-run/{flow_run_id}"
+        found["Prefect run"] = f"/v2/runs/flow-run/{flow_run_id}"  # the older UI fails to list a run's tasks
     if (mlflow_run := made_by.get("mlflow_run")) and (address := tracking.run_url(store, mlflow_run)):
         found["MLflow run"] = address
     return found

@@ -36,7 +36,8 @@ def write(workspace: Path, flow_run_id: str, waiting: Waiting) -> None:
     """Keep what a flow run waits with."""
     path = _path(workspace, flow_run_id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(replace(waiting, refs=dict(waiting.refs))))
+    # The file sorts its keys, and the steps are shown in the order in which they were made.
+    write_json(path, asdict(replace(waiting, refs=dict(waiting.refs))) | {"order": list(waiting.refs)})
 
 
 def read(workspace: Path, flow_run_id: str) -> Waiting | None:
@@ -45,7 +46,7 @@ def read(workspace: Path, flow_run_id: str) -> Waiting | None:
         tree = json.loads(_path(workspace, flow_run_id).read_text())
     except FileNotFoundError:
         return None
-    refs = {key: StageRef(**{**ref, "cached": True}) for key, ref in tree["refs"].items()}
+    refs = {key: StageRef(**tree["refs"][key]) for key in tree["order"]}
     if not all((ref.directory / MANIFEST).is_file() for ref in refs.values()):
         return None
     judged = tree["judgement"]

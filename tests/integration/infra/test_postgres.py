@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from infra.machine import free_port
+from infra.owned import OwnedProcess
 from infra.servers import Server
 
 INFRA = Path(__file__).parents[3] / "infra"
@@ -30,7 +32,11 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(BINARIES is None, reason="needs PostgreSQL (Debian: apt install postgresql)"),
 ]
+RLHF = Path(sys.executable).with_name("rlhf")
 RUNS = 8
+SMALL = ("--set", "data.demo={pairs: 200}")
+UNTIL = "download"  # seven tasks a run, six of them at once
+OF_THE_WORKER = "SELECT state_type FROM flow_run WHERE deployment_id IS NOT NULL"
 SECRETS = {
     "POSTGRES_PASSWORD": "of-the-database",
     "PREFECT_AUTH": "team:of-prefect",
@@ -46,6 +52,7 @@ class Team:
 
     prefect: Server
     mlflow: Server
+    worker_command: list[str]
     worker_environment: dict[str, str]
     psql: Any
     logs: list[Path]
@@ -121,7 +128,14 @@ def team(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Te
         mlflow = stack.enter_context(start("mlflow", ("", "/health")))
         prefect.wait_ready()
         mlflow.wait_ready()
-        yield Team(prefect, mlflow, environment("worker"), psql, [folder / "prefect.log", folder / "mlflow.log"])
+        yield Team(
+            prefect,
+            mlflow,
+            services["worker"]["command"],
+            environment("worker"),
+            psql,
+            [folder / "prefect.log", folder / "mlflow.log"],
+        )
 
 
 def status(url: str, login: str | None, body: dict[str, Any] | None = None) -> int:
@@ -145,25 +159,36 @@ def test_both_servers_ask_for_a_login(team: Team) -> None:
 
 
 @pytest.fixture(scope="module")
-def eight(team: Team, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
-    """Exit codes and outputs of eight runs that start at once: four in a workspace of their own, four in one."""
+def worker(team: Team, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The log of a worker with a deployment in its pool, both by the commands and settings of compose.yaml."""
+    folder = tmp_path_factory.mktemp("worker")
+    config = [INFRA / "runs" / "demo.yaml", "--set", "name=run0", "--set", f"workspace={folder}", *SMALL]
+    # Without events, by which the other runs would start it.
+    deploy = [RLHF, "deploy", *config, "--name", "nightly", "--pool", "gpu", "--no-events"]
+    subprocess.run(deploy, env={**os.environ, **team.worker_environment}, check=True, capture_output=True)
+    log = folder / "worker.log"
+    with log.open("ab") as output:
+        command = [sys.executable, "-m", *team.worker_command]
+        running = OwnedProcess(command, env=team.worker_environment, cwd=folder, output=output, grace_seconds=20)
+    yield log
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def eight(team: Team, worker: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Outputs of eight runs at once: one by the worker, three in a workspace of their own, four in one."""
     folder = tmp_path_factory.mktemp("runs")
+    login = team.worker_environment["PREFECT_API_AUTH_STRING"]
+    asked = {"state": {"type": "SCHEDULED"}, "parameters": {"until": UNTIL}}
+    nightly = team.psql("prefect", "SELECT id FROM deployment").strip()
+    assert status(f"{team.prefect.url}/deployments/{nightly}/create_flow_run", login, asked) == 201
     started = []
-    for number in range(RUNS):
-        workspace = folder / (f"own-{number}" if number % 2 else "shared")
-        settings = {"name": f"run{number}", "workspace": workspace, "data.demo": "{pairs: 200}"}
-        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        command = [
-            Path(sys.executable).with_name("rlhf"),
-            "run",
-            INFRA / "runs" / "demo.yaml",
-            *words,
-            "--until",
-            "clean",
-        ]
+    for number in range(1, RUNS):
+        workspace = folder / (f"own-{number}" if number % 2 == 0 else "shared")
+        config = [INFRA / "runs" / "demo.yaml", "--set", f"name=run{number}", "--set", f"workspace={workspace}", *SMALL]
         started.append(
             subprocess.Popen(
-                command,
+                [RLHF, "run", *config, "--until", UNTIL],
                 env={**os.environ, **team.worker_environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -172,14 +197,18 @@ def eight(team: Team, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[in
         )
     try:
         outputs = [process.communicate(timeout=500)[0] for process in started]
+        end = time.monotonic() + 120
+        while (state := team.psql("prefect", OF_THE_WORKER).strip()) not in ("COMPLETED", "FAILED", "CRASHED"):
+            assert time.monotonic() < end, f"{state}: {worker.read_text()}"
+            time.sleep(1)
     finally:
         for process in started:
             process.kill()  # without effect on one that has ended
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+    assert [process.returncode for process in started] == [0] * (RUNS - 1), outputs
+    return [*outputs, worker.read_text()]
 
 
-def test_eight_runs_at_once_are_all_kept_and_none_meets_a_lock(team: Team, eight: list[tuple[int, str]]) -> None:
-    assert [code for code, _ in eight] == [0] * RUNS, next(output for code, output in eight if code)
+def test_eight_runs_at_once_are_all_kept_and_none_meets_a_lock(team: Team, eight: list[str]) -> None:
     kept = team.psql("prefect", "SELECT tags ->> 0, state_type FROM flow_run WHERE parent_task_run_id IS NULL")
     kept = sorted(line for line in kept.splitlines() if line.startswith("run"))
     assert kept == [f"run{number}|COMPLETED" for number in range(RUNS)]
@@ -187,6 +216,6 @@ def test_eight_runs_at_once_are_all_kept_and_none_meets_a_lock(team: Team, eight
         "mlflow", "SELECT t.value, r.status FROM runs r JOIN tags t USING (run_uuid) WHERE t.key = 'rlhf.name'"
     )
     assert sorted(runs.splitlines()) == [f"run{number}|FINISHED" for number in range(RUNS)]
-    for text in (*(output for _, output in eight), *(log.read_text() for log in team.logs)):
+    for text in (*eight, *(log.read_text() for log in team.logs)):
         assert not TROUBLE.search(text), text[-3000:]
         assert not any(secret in text for secret in SECRETS.values())

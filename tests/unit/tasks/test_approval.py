@@ -16,16 +16,18 @@ from tasks.stages import MANIFEST, StageRef
 def waiting(tmp_path: Path) -> Waiting:
     (tmp_path / "ppo").mkdir()
     (tmp_path / "ppo" / MANIFEST).write_text("{}")
-    ref = StageRef("ppo", "f", "d", str(tmp_path / "ppo"), True, 1.5, {"kl": 2.0})
+    ref = StageRef("ppo", "f", "d", str(tmp_path / "ppo"), False, 1.5, {"kl": 2.0})
     made = Registration("chat-policy", 2, "chat-reward", 2, None, None, str(tmp_path), False)
     gate = GateResult("kl", "KL", "<= 15", True, 4.0, 3.0, 5.0, {})
-    return Waiting({"ppo": ref}, made, Judgement([gate], 1), "run")
+    return Waiting({"ppo": ref, "evaluate": ref}, made, Judgement([gate], 1), "run")
 
 
 def test_a_run_comes_back_with_what_it_waited_with(waiting: Waiting, tmp_path: Path) -> None:
     assert approval.read(tmp_path, "id") is None
     approval.write(tmp_path, "id", waiting)
-    assert approval.read(tmp_path, "id") == waiting
+    came_back = approval.read(tmp_path, "id")
+    assert came_back == waiting
+    assert list(came_back.refs) == ["ppo", "evaluate"]
     said = Waiting(
         waiting.refs, waiting.registration, waiting.judgement, waiting.mlflow_run, Consent("approved", "Ann")
     )

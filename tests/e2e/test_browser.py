@@ -219,9 +219,9 @@ def test_mlflow_shows_versions_and_aliases(champion: str, page: Any, mlflow: str
     page.goto(f"{mlflow}/#/models")
     page.add_locator_handler(page.get_by_role("dialog"), lambda: page.keyboard.press("Escape"))  # MLflow's news
     page.get_by_role("link", name="tiny-policy", exact=True).click()
-    version = page.get_by_role("row").filter(has_text="Version 1")
-    version.get_by_text("champion").wait_for()
-    assert version.get_by_text("candidate").is_visible()
+    version = page.get_by_role("row").filter(has=page.get_by_role("link", name="Version 1"))
+    version.get_by_text("@ champion", exact=True).wait_for()
+    assert version.get_by_text("@ candidate", exact=True).is_visible()
     keep(page, "mlflow")
 
 

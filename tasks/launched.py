@@ -14,6 +14,7 @@ from typing import Any
 from infra import launch
 from infra.gpu import GpuInfrastructure
 from tasks import stages, tracking
+from tasks.answers import Answers
 from tasks.config import ConfigError
 from tasks.stages import RECORDS, REPO, Stage, StageRef, checkpoint_step, write_json
 
@@ -46,12 +47,14 @@ def make(
     datasets: Sequence[tuple[str, Path, str]] = (),
     on_progress: Progress = lambda step, total, metrics: None,
     on_wait: Callable[[str], None] = print,
+    on_answers: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> StageRef:
     """The stage, as it lies there or made by the worker, with an MLflow run of its own nested in `parent_run`.
 
     Args:
         name: of the stage in the run's graph.
         datasets: what it reads, as `tracking.finish_stage` takes it.
+        on_answers: is told PPO's answers along its way, whenever a pool of them has come.
 
     Raises ConfigError for what the user can mend and StageFailed for the rest.
     """
@@ -60,7 +63,16 @@ def make(
     def work(directory: Path) -> Mapping[str, Any]:
         nonlocal run_id
         run_id = tracking.stage_run(store, parent_run, name, directory)
-        return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, on_progress, on_wait)
+        answers = Answers(directory, stage.inputs["sft"].directory / "model") if stage.name == "ppo" else None
+
+        def told(step: int, total: int, metrics: Mapping[str, float]) -> None:
+            on_progress(step, total, metrics)
+            if answers is not None and (rows := answers.fresh()):
+                with suppress(Exception):  # a store that is down ends no training; samples.jsonl has them
+                    tracking.log_table(store, str(run_id), rows, "answers.json")
+                on_answers(rows)
+
+        return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, told, on_wait)
 
     try:
         ref = stages.run(stage, work, force=force, resumable=resumable, made_by=made_by, on_wait=on_wait)

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run, task_run
@@ -120,6 +125,7 @@ def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> 
             datasets=datasets(node.stage, stage),
             on_progress=Progress(node.key),
             on_wait=watcher().said,
+            on_answers=answer_table,
         )
     assert work is not None, f"{node.key} is made in this process, so its task has to say how"
     ref = stages.run(
@@ -187,6 +193,13 @@ class Progress:
             self.artifact = created
         else:
             update_progress_artifact(self.artifact, progress=percent, description=description)
+
+
+def answer_table(rows: list[dict[str, Any]]) -> None:
+    """PPO's newest answers as a Prefect artifact; each pool that is kept makes a version of it."""
+    newest = rows[-1]["pool"]
+    table = [row for row in rows if row["pool"] == newest]
+    create_table_artifact(table, key="ppo-answers", description=f"Answers of PPO, pool {newest}")
 
 
 def stage_page(run: Run, key: str, ref: StageRef, refs: Mapping[str, StageRef]) -> str:

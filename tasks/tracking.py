@@ -215,6 +215,16 @@ def log_file(store: Store, run_id: str, path: Path, folder: str | None = None) -
     _client(store.uri).log_artifact(run_id, str(path), folder)
 
 
+def log_table(store: Store, run_id: str, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Keep a table with a run, in place of an earlier one of that name; MLflow's UI shows it as one."""
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+    columns = list(rows[0])
+    table = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
+    _client(store.uri).log_dict(run_id, table, name)
+    _set_tags(store, run_id, {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": name, "type": "table"}])})
+
+
 def log_sources(store: Store, run_id: str, sources: Iterable["Source"]) -> None:
     """Name the sets that a run was made from as its dataset inputs, each with its digest, revision and rows."""
     from mlflow.entities import DatasetInput, InputTag

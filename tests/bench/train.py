@@ -249,7 +249,7 @@ def main() -> None:
         "--try", dest="tries", action="append", default=[], metavar="KEY=VALUE[,...]", help="ours, with"
     )
     parser.add_argument("--profile", action="store_true", help="print where one step's time goes")
-    parser.add_argument("--seconds", type=int, default=240, help="limit of each side")
+    parser.add_argument("--seconds", type=int, default=140, help="limit of each side")
     parser.add_argument("--side", choices=["plain", "ours"], help="run this side here and print its figures")
     parser.add_argument("--case", help="with --side: the case as JSON")
     options = parser.parse_args()

@@ -21,12 +21,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from data_prep import licences
-from tasks import dag, gates, lineage, mlmodel, tracking
+from tasks import dag, gates, lineage, tracking
 from tasks.card import Licences, card
 from tasks.config import RunConfig
 from tasks.stages import Stage, StageRef, finished, read_manifest, run
+from tasks.tracking.mlmodel import describe_model
 
-ROOTS = ("tasks.register", "tasks.card", "tasks.lineage", "tasks.mlmodel")
+ROOTS = ("tasks.register", "tasks.card", "tasks.lineage", "tasks.tracking.mlmodel")
 LINEAGE = {
     "data": "tokenise",
     "base": "base",
@@ -200,7 +201,7 @@ def _link_models(directory: Path, config: RunConfig, refs: Mapping[str, StageRef
         folder = directory / model.part
         made = refs[model.stage]
         _link_tree(made.directory / model.folder, folder / "model")
-        mlmodel.describe_model(folder, model.pipeline, gates.answers(refs["evaluate"].directory)[0]["prompt"])
+        describe_model(folder, model.pipeline, gates.answers(refs["evaluate"].directory)[0]["prompt"])
         record = lineage.write(folder, made.directory)
         made_from = _lineage(refs, model.stage) | {"model": made}
         wanted = config.promote.gates.sentences if model.part == "policy" else {}

@@ -88,7 +88,7 @@ def test_approved_after_a_restart_of_the_server(served: Any, server: Restarted, 
     assert list((folder / "workspace" / "approvals").iterdir()) == []
     names = [state["name"] for state in states(server.api, run_id)]
     assert [name for name in names if name in ("Suspended", "Completed")] == ["Suspended", "Completed"]
-    client = tracking._client(store.uri)
+    client = tracking.connect(store.uri)
     (run,) = client.search_runs([store.experiment_id], f"tags.`prefect.flow_run_id` = '{run_id}'")
     assert run.info.status == "FINISHED"
 

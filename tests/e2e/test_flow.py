@@ -138,7 +138,7 @@ def test_every_stage_left_a_manifest_and_what_it_is_for(first: Any, folder: Path
 
 
 def test_mlflow_has_a_run_with_one_per_stage_in_it(first: Any, folder: Path) -> None:
-    client = tracking._client(store_of(folder).uri)
+    client = tracking.connect(store_of(folder).uri)
     runs = client.search_runs([store_of(folder).experiment_id], order_by=["attributes.start_time ASC"])
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FINISHED"
@@ -203,7 +203,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(interrupted: Any, folder: Pat
     assert outcome["kind"] == "stopped"
     assert outcome["resumes_at"] == json.loads((ppo / "checkpoints" / "latest.json").read_text())["step"]
     kept = json.loads((ppo / "records" / "mlflow.json").read_text())["run_id"]
-    assert tracking._client(store_of(folder).uri).get_run(kept).data.tags["rlhf.stage"] == "ppo"
+    assert tracking.connect(store_of(folder).uri).get_run(kept).data.tags["rlhf.stage"] == "ppo"
 
 
 def test_the_next_run_goes_on_and_makes_only_ppo_and_what_follows(resumed: Any, interrupted: Any, folder: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from infra.machine import free_port
 from infra.servers import LOCAL, Server, mlflow_server
-from tasks import gates, history, mlmodel, tracking
+from tasks import gates, history, tracking
 from tasks.config import RunConfig
 from tasks.promote import Judgement
+from tasks.tracking.mlmodel import describe_model
 
 ROOT = Path(__file__).parents[2]
 OPEN = """
@@ -161,7 +162,7 @@ def test_described_folder_loads_in_mlflow_and_in_transformers(pipeline, tiny_mod
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tiny_models[pipeline]
-    mlmodel.describe_model(folder, pipeline, "red apple")
+    describe_model(folder, pipeline, "red apple")
     store = tracking.open_store(workspace)
     tracking.register_version(store, "tiny", folder, None, {"digest": "a"})
     tracking.set_alias(store, "tiny", tracking.CHAMPION, 1)
@@ -183,7 +184,7 @@ def test_described_folder_loads_in_mlflow_and_in_transformers(pipeline, tiny_mod
 @pytest.mark.slow
 def test_mlflow_serves_the_champion_over_http(tiny_models, workspace, tmp_path):
     folder = tiny_models["text-generation"]
-    mlmodel.describe_model(folder, "text-generation", "red apple")
+    describe_model(folder, "text-generation", "red apple")
     store = tracking.open_store(workspace)
     tracking.register_version(store, "tiny-policy", folder, None, {"digest": "a"})
     tracking.set_alias(store, "tiny-policy", tracking.CHAMPION, 1)
@@ -201,7 +202,7 @@ def test_mlflow_serves_the_champion_over_http(tiny_models, workspace, tmp_path):
 
 def test_describing_a_model_loads_no_torch(tiny_models):
     program = (
-        "import sys; from pathlib import Path; from tasks import mlmodel; "
+        "import sys; from pathlib import Path; from tasks.tracking import mlmodel; "
         f"mlmodel.describe_model(Path({str(tiny_models['text-generation'])!r}), 'text-generation', 'red'); "
         "print('torch' in sys.modules)"
     )

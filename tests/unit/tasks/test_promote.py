@@ -101,7 +101,7 @@ def test_what_was_decided_stays_as_tags(store, tmp_path):
     assert "stays a candidate" in second["verdict"]
     assert second["gate.kl"] == "failed: KL 16 [3, 17], wanted <= 15"
     assert "promoted_at" not in second
-    client = tracking._client(store.uri)
+    client = tracking.connect(store.uri)
     said = client.get_model_version("tags-policy", "2").description
     assert "| KL | <= 15 | 16 [3, 17] | failed |" in said
     promote(store, "tags-policy", 2)
@@ -205,7 +205,7 @@ def test_rollback_passes_over_a_version_that_was_deleted(store, tmp_path):
     registered(store, tmp_path, "gone", 3)
     for number in (1, 2, 3):
         promote(store, "gone-policy", number)
-    tracking._client(store.uri).delete_model_version("gone-policy", "2")
+    tracking.connect(store.uri).delete_model_version("gone-policy", "2")
     assert roll_back(store, "gone-policy", 3).promoted
     assert aliases(store, "gone-policy") == {"champion": 1, "previous": None}
 

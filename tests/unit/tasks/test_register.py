@@ -189,7 +189,7 @@ def test_registered_folder_shares_the_weights_and_leaves_the_stage_whole(store, 
 
 def test_figures_are_linked_to_the_rows_that_they_were_measured_on(store, config, refs, run_id):
     register(store, config, refs, run_id)
-    client = tracking._client(store.uri)
+    client = tracking.connect(store.uri)
     models = {model.name: model for model in client.search_logged_models([store.experiment_id])}
     assert set(models) == {"demo-policy", "demo-reward"}
     for name, table, figure, value in (

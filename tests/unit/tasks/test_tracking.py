@@ -226,7 +226,7 @@ def test_tracker_takes_the_same_step_twice(store, parent):
 
 
 def test_tracker_warns_once_and_never_raises(store, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.05)
+    monkeypatch.setattr("tasks.tracking.tracker.SECONDS_BETWEEN_FLUSHES", 0.05)
     tracker = tracking.Tracker(store.uri, "0" * 32)
     for step in range(20):
         tracker.log(step, {"sft/loss": 1.0})
@@ -239,7 +239,7 @@ def test_tracker_warns_once_and_never_raises(store, capsys, monkeypatch):
 
 def test_tracker_sends_later_what_could_not_be_sent(store, parent, monkeypatch):
     attempts = []
-    real = tracking._client
+    real = tracking.connect
 
     def sometimes(uri):
         attempts.append(uri)
@@ -247,8 +247,8 @@ def test_tracker_sends_later_what_could_not_be_sent(store, parent, monkeypatch):
             raise ConnectionError("no route")
         return real(uri)
 
-    monkeypatch.setattr(tracking, "_client", sometimes)
-    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.05)
+    monkeypatch.setattr("tasks.tracking.tracker.connect", sometimes)
+    monkeypatch.setattr("tasks.tracking.tracker.SECONDS_BETWEEN_FLUSHES", 0.05)
     tracker = tracking.Tracker(store.uri, parent)
     tracker.log(1, {"sft/loss": 3.0})
     deadline = time.monotonic() + 20
@@ -259,8 +259,8 @@ def test_tracker_sends_later_what_could_not_be_sent(store, parent, monkeypatch):
 
 
 def test_tracker_gives_up_on_a_server_that_hangs(store, parent, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "SECONDS_TO_CLOSE", 0.2)
-    monkeypatch.setattr(tracking, "_client", lambda uri: time.sleep(5))
+    monkeypatch.setattr("tasks.tracking.tracker.SECONDS_TO_CLOSE", 0.2)
+    monkeypatch.setattr("tasks.tracking.tracker.connect", lambda uri: time.sleep(5))
     tracker = tracking.Tracker(store.uri, parent)
     tracker.log(1, {"sft/loss": 3.0})
     started = time.monotonic()

@@ -5,10 +5,10 @@
                                      -> deepspeed -> (as torchrun)
                                      -> infra.slurm -> srun ... python -m infra.rank MODULE ...
 
-What a step prints goes to a log file and, line by line, to a callback. Three kinds of line are messages to the flow and
-are not logged: `@progress {json}`; `@start {json}` with each rank's pid; and `@exit {json}`, with which it tells its
-exit code (torchrun's own code is 1 whatever its ranks returned, and the flow has to tell 75, stopped after a
-checkpoint, from a failure).
+What a step prints goes to a log file and, line by line, to a callback. Four kinds of line are messages to the flow and
+are not logged: `@progress {json}`; `@metrics {json}`; `@start {json}` with each rank's pid; and `@exit {json}`, with
+which it tells its exit code (torchrun's own code is 1 whatever its ranks returned, and the flow has to tell 75,
+stopped after a checkpoint, from a failure).
 
 A step that says nothing for `launch.stall_seconds` is stalled: its ranks print their stacks, then it is stopped.
 """
@@ -33,6 +33,7 @@ from infra.supervisor import PR_SET_PDEATHSIG, prctl, send
 STOPPED = 75  # exit code of a rank that was asked to stop and has written a checkpoint: a retry resumes
 TAIL_LINES = 40
 PROGRESS = "@progress "
+METRICS = "@metrics "
 START = "@start "
 EXIT = "@exit "
 DUMP_SIGNAL = signal.SIGUSR2  # a rank answers it with the stacks of its threads
@@ -59,6 +60,7 @@ def run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
     on_wait: Callable[[str], None] = print,
 ) -> Outcome:
     """Runs `python -m MODULE ARGUMENTS` in `launch.processes` processes and waits for the end.
@@ -68,7 +70,8 @@ def run(
     Call it in the main thread, where KeyboardInterrupt and Prefect's TerminationSignal are raised: whatever is raised
     here or in a callback, the processes get SIGTERM and `grace_seconds` for a checkpoint, and all are gone when `run`
     returns or raises. A second Ctrl-C ends the grace. The callbacks run in the calling thread; while the processes
-    are being stopped only the log is written. The log is appended to, so an earlier attempt's stays.
+    are being stopped the log is written and only `on_metrics`, which must not raise, is called. The log is appended to,
+    so an earlier attempt's stays.
     """
     launch = launch or Launch()
     started = time.monotonic()
@@ -82,7 +85,7 @@ def run(
             grace_seconds=launch.grace_seconds,
             keep=lease.descriptors,
         )
-        output = _Output(process.stdout, log_file, on_line, on_progress)
+        output = _Output(process.stdout, log_file, on_line, on_progress, on_metrics)
         stalled = False
         try:  # an interrupt before this line loses `process`, whose pipe then closes, which stops the command too
             while process.exit_code is None and not stalled:
@@ -141,20 +144,21 @@ class _Output:
         log: IO[bytes],
         on_line: Callable[[str], None] | None,
         on_progress: Callable[[dict[str, Any]], None] | None,
+        on_metrics: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.rank_codes: dict[int, int] = {}
         self.pids: dict[int, int] = {}
         self._heard = time.monotonic()
         self._pipe, self._log = pipe, log
-        self._on_line, self._on_progress = on_line, on_progress
+        self._on_line, self._on_progress, self._on_metrics = on_line, on_progress, on_metrics
         self._partial = b""
         self._ended = False
         self._tail_is_done = False
         os.set_blocking(pipe.fileno(), False)
 
     def mute(self) -> None:
-        """From here on only the log is written."""
+        """From here on only the log is written and metrics are handed on."""
         self._on_line = self._on_progress = None
 
     def silent_seconds(self) -> float:
@@ -203,6 +207,9 @@ class _Output:
             self._tail_is_done |= fields["code"] not in (0, STOPPED)
         elif kind == START:
             self.pids[fields["rank"]] = fields["pid"]
+        elif kind == METRICS:
+            if self._on_metrics is not None:
+                self._on_metrics(fields)
         elif self._on_progress is not None:
             self._on_progress(fields)
 
@@ -215,7 +222,7 @@ class _Output:
 
 
 def _message(text: str) -> tuple[str, dict[str, Any]] | None:
-    for kind in (PROGRESS, START, EXIT):
+    for kind in (PROGRESS, METRICS, START, EXIT):
         if text.startswith(kind):
             try:
                 fields = json.loads(text[len(kind) :])
@@ -228,6 +235,11 @@ def _message(text: str) -> tuple[str, dict[str, Any]] | None:
 def report_progress(fields: Mapping[str, Any]) -> None:
     """Called in a rank: hands `fields` to the `on_progress` of the flow."""
     _tell(PROGRESS, fields)
+
+
+def report_metrics(fields: Mapping[str, Any]) -> None:
+    """Called in a rank: hands `fields` to the `on_metrics` of the flow."""
+    _tell(METRICS, fields)
 
 
 def report_start() -> None:

@@ -72,7 +72,11 @@ def make(
                     tracking.log_table(store, str(run_id), rows, "answers.json")
                 on_answers(rows)
 
-        return run_worker(stage, directory, infrastructure, {"uri": store.uri, "run_id": run_id}, told, on_wait)
+        tracker = tracking.Tracker(store.uri, run_id)
+        try:
+            return run_worker(stage, directory, infrastructure, told, tracker.log, on_wait)
+        finally:
+            tracker.close()
 
     try:
         ref = stages.run(stage, work, force=force, resumable=resumable, made_by=made_by, on_wait=on_wait)
@@ -95,8 +99,8 @@ def run_worker(
     stage: Stage,
     directory: Path,
     infrastructure: GpuInfrastructure,
-    track: Mapping[str, str] | None,
     on_progress: Progress,
+    on_metrics: Callable[[int, Mapping[str, float]], None],
     on_wait: Callable[[str], None] = print,
 ) -> Mapping[str, Any]:
     """Run the worker on a stage directory and return the stage's metrics."""
@@ -108,7 +112,6 @@ def run_worker(
         "config": dict(stage.config),
         "inputs": {role: ref.path for role, ref in stage.inputs.items()},
         "device": infrastructure.device,
-        "tracking": {"run_id": track["run_id"]} if track else None,
     }
     write_json(records / "config.json", settings)
     before = checkpoint_step(directory)
@@ -117,10 +120,9 @@ def run_worker(
         [stage.name, str(directory)],
         log=records / LOG,
         launch=infrastructure.launch(),
-        # By the environment: an address may hold a password, and config.json is a record that stays.
-        env={"RLHF_TRACKING_URI": track["uri"]} if track else {},
         cwd=REPO,
         on_progress=lambda told: on_progress(told["step"], told["total"], told["metrics"]),
+        on_metrics=lambda told: on_metrics(told["step"], told["metrics"]),
         on_wait=on_wait,
     )
     report = _read(records / "report.json")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data_prep import trained
-from infra.launch import STOPPED, report_progress
+from infra.launch import STOPPED, report_metrics, report_progress
 from tasks.profiling import profiled
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
@@ -77,7 +77,6 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     module = importlib.import_module(MODULES[stage])
     device = start(spec["device"], distributed=stage in TRAINED)
     rows = MetricRows(directory)
-    tracker = open_tracker(spec["tracking"])
     wanted = is_first_rank() and spec["config"].get(stage, {}).get("profile", False)
     watched = profiled(directory / RECORDS, device) if wanted else nullcontext(lambda: None)
 
@@ -85,8 +84,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
         if is_first_rank():
             metrics = {**metrics, **memory(device)}
             rows.append(step, metrics)
-            if tracker:
-                tracker.log(step, metrics)
+            report_metrics({"step": step, "metrics": metrics})
         end_of_step()
 
     job = Job(
@@ -99,14 +97,10 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
         progress=Progress(),
         should_stop=should_stop,
     )
-    try:
-        with watched as end_of_step:
-            report: dict[str, Any] = module.run(job)
-        if stage in TRAINED and is_first_rank():
-            keep_ancestry(job)
-    finally:
-        if tracker:
-            tracker.close()
+    with watched as end_of_step:
+        report: dict[str, Any] = module.run(job)
+    if stage in TRAINED and is_first_rank():
+        keep_ancestry(job)
     return {**report, **{name.removeprefix("memory/"): value for name, value in memory(device).items()}}
 
 
@@ -172,15 +166,6 @@ def out_of_memory(stage: str) -> str:
 def memory(device: torch.device) -> dict[str, float]:
     """Peak GPU memory of this rank in GiB; nothing on a CPU."""
     return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
-
-
-def open_tracker(tracking: Mapping[str, str] | None) -> Any:
-    """The MLflow tracker of this stage's run, on rank 0 of a tracked run; else None."""
-    if tracking is None or not is_first_rank():
-        return None
-    from tasks.tracking import Tracker
-
-    return Tracker(os.environ["RLHF_TRACKING_URI"], tracking["run_id"])
 
 
 def is_first_rank() -> bool:

@@ -39,7 +39,6 @@ def start_stage(
         "config": dict(config),
         "inputs": {name: str(path) for name, path in inputs.items()},
         "device": "cpu",
-        "tracking": None,
     }
     (directory / "records").mkdir(parents=True, exist_ok=True)
     (directory / "records" / "config.json").write_text(json.dumps(spec))

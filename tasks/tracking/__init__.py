@@ -1,12 +1,13 @@
 """MLflow: the runs that show what happened, and the registry that says which model serves.
 
 A flow run is one MLflow run, each of its stages a run nested in it; stage directories stay the one truth, so nothing
-here is read back to decide what has to be computed. The worker's rank 0 logs through a `Tracker`; all else runs in the
-flow's process. Nothing outside this package imports mlflow, and here only functions do: it takes seconds.
+here is read back to decide what has to be computed. All of it runs in the flow's process, which a
+stage's worker tells its metrics. Nothing outside this package imports mlflow, and here only functions do: it takes
+seconds.
 
     store = open_store(workspace)
     parent = start_run(store, config, tags)
-    run = stage_run(store, parent, "sft", directory)    # its worker logs with Tracker(store.uri, run)
+    run = stage_run(store, parent, "sft", directory)    # what its worker tells goes to Tracker(store.uri, run)
     finish_stage(store, run, ref, datasets)             # or link_cached(store, parent, ref) if it was done
     version = register_version(store, "chat-policy", folder, parent, tags)
     end_run(store, parent, "FINISHED")

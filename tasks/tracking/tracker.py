@@ -1,6 +1,5 @@
-"""Metrics of a stage while it trains, from the worker's rank 0."""
+"""Metrics of a stage while it trains: the worker tells the flow's process, which sends them."""
 
-import os
 import queue
 import sys
 import threading
@@ -12,13 +11,12 @@ from tasks.tracking.redaction import without_credentials
 from tasks.tracking.store import connect, quiet
 
 SECONDS_BETWEEN_FLUSHES = 2.0
-SECONDS_TO_CLOSE = 15.0  # a stopping worker has 20 s
+SECONDS_TO_CLOSE = 5.0  # a run that is stopped has to end
 WAITING_METRICS = 200_000  # beyond so many a dead server's metrics are let go; metrics.jsonl has them
 
 
 class Tracker:
-    """Logs a stage's metrics by step, from a thread of its own, so that training waits neither for MLflow's import nor
-    for its server.
+    """Logs a stage's metrics by step, from a thread of its own, so that nothing waits for MLflow's server.
 
     Processor, memory, disk, network and GPUs of this machine are logged beside them by MLflow's own monitor.
 
@@ -27,9 +25,6 @@ class Tracker:
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
-        # A server that is down is noticed within seconds, not after MLflow's minutes of retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         quiet()
         self._uri, self._run_id = uri, run_id
         self._queue: queue.SimpleQueue[tuple[int, int, dict[str, float]]] = queue.SimpleQueue()
@@ -43,7 +38,7 @@ class Tracker:
         self._queue.put((time.time_ns() // 1_000_000, step, {name: float(value) for name, value in metrics.items()}))
 
     def close(self) -> None:
-        """Send what is left; gives up after a quarter of a minute."""
+        """Send what is left; gives up after some seconds."""
         self._closing.set()
         self._thread.join(SECONDS_TO_CLOSE)
         if self._thread.is_alive():

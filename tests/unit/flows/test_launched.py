@@ -74,6 +74,19 @@ def test_a_worker_that_left_no_word_is_tried_again(code: int, sentence: str) -> 
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What is told to MLflow."""
     told: list[tuple[str, Any]] = []
+
+    class Tracker:
+        def __init__(self, uri: str, run_id: str) -> None:
+            assert uri == STORE.uri
+            self.run_id = run_id
+
+        def log(self, step: int, metrics: Any) -> None:
+            told.append(("metrics", (step, metrics)))
+
+        def close(self) -> None:
+            told.append(("sent", self.run_id))
+
+    monkeypatch.setattr(tracking, "Tracker", Tracker)
     monkeypatch.setattr(tracking, "stage_run", lambda store, parent, name, out: told.append(("start", name)) or "run-1")
     monkeypatch.setattr(tracking, "end_run", lambda store, run, status: told.append(("end", status)))
     monkeypatch.setattr(tracking, "finish_stage", lambda store, run, ref, datasets: told.append(("finish", run)))
@@ -102,9 +115,9 @@ def test_the_worker_is_told_all_and_its_report_is_kept(
             json.loads((records / "config.json").read_text()),
             module=module,
             stage_argument=arguments[0],
-            env=options["env"],
         )
         options["on_progress"]({"step": 1, "total": 2, "metrics": {"loss": 0.5}})
+        options["on_metrics"]({"step": 1, "metrics": {"sft/loss": 0.5}})
         (records / "report.json").write_text('{"perplexity": 2.5}')
         return ended(0)
 
@@ -121,17 +134,15 @@ def test_the_worker_is_told_all_and_its_report_is_kept(
         "config": {"seed": 3},
         "inputs": {"data": str(tmp_path / "tokenise")},
         "device": "cpu",
-        "tracking": {"run_id": "run-1"},
         "module": "tasks.worker",
         "stage_argument": "sft",
-        "env": {"RLHF_TRACKING_URI": STORE.uri},
     }
     assert ref.metrics == {"perplexity": 2.5}
     assert heard == [(1, 2, {"loss": 0.5})]
-    assert runs == [("start", "sft"), ("finish", "run-1")]
+    assert runs == [("start", "sft"), ("metrics", (1, {"sft/loss": 0.5})), ("sent", "run-1"), ("finish", "run-1")]
     again = launched.make(stage(tmp_path), CPU, STORE, "parent", name="sft")
     assert again.cached
-    assert runs[2:] == [("cached", "sft")]
+    assert runs[4:] == [("cached", "sft")]
 
 
 @pytest.mark.parametrize(("raised", "status"), [(None, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -146,6 +157,6 @@ def test_a_worker_that_fails_leaves_nothing_that_counts(
     monkeypatch.setattr(launch, "run", worker)
     with pytest.raises(raised or StageFailed):
         launched.make(stage(tmp_path), CPU, STORE, "parent", name="sft")
-    assert runs == [("start", "sft"), ("end", status)]
+    assert runs == [("start", "sft"), ("sent", "run-1"), ("end", status)]
     assert finished(stage(tmp_path)) is None
     assert read_manifest(stage(tmp_path).directory) is None

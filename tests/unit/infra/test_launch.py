@@ -88,7 +88,7 @@ def feed(tmp_path: Path, *chunks: bytes) -> tuple[Any, list[str], list[dict[str,
     progress: list[dict[str, Any]] = []
     read_end, write_end = os.pipe()
     with (tmp_path / "log").open("wb") as log:
-        output = launch._Output(os.fdopen(read_end, "rb", buffering=0), log, lines.append, progress.append)
+        output = launch._Output(os.fdopen(read_end, "rb", buffering=0), log, lines.append, progress.append, None)
         for chunk in chunks:
             os.write(write_end, chunk)
             output.read(1)
@@ -103,6 +103,20 @@ def test_progress_goes_to_its_callback_and_not_to_the_log(tmp_path: Path) -> Non
     assert lines == ["one", "two"]
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
     assert list(output.tail) == ["one", "two"]
+
+
+def test_metrics_still_come_while_the_processes_are_being_stopped(tmp_path: Path) -> None:
+    metrics: list[dict[str, Any]] = []
+    read_end, write_end = os.pipe()
+    with (tmp_path / "log").open("wb") as log:
+        output = launch._Output(os.fdopen(read_end, "rb", buffering=0), log, pytest.fail, pytest.fail, metrics.append)
+        output.mute()
+        os.write(write_end, b'@metrics {"step": 1}\nlast words\n@progress {}\n@metrics {"step": 2}\n')
+        output.read(1)
+        os.close(write_end)
+        output.close()
+    assert metrics == [{"step": 1}, {"step": 2}]
+    assert (tmp_path / "log").read_text() == "last words\n"
 
 
 @pytest.mark.parametrize("text", ["@progress {broken", "@progress [1]", "see @progress {}"])
@@ -135,7 +149,7 @@ def test_a_callback_that_raises_loses_no_line_of_the_log(tmp_path: Path) -> None
 
     read_end, write_end = os.pipe()
     with (tmp_path / "log").open("wb") as log:
-        output = launch._Output(os.fdopen(read_end, "rb", buffering=0), log, fail, None)
+        output = launch._Output(os.fdopen(read_end, "rb", buffering=0), log, fail, None, None)
         os.write(write_end, b"one\ntwo\nthree")
         with pytest.raises(KeyboardInterrupt):
             output.read(1)

@@ -3,7 +3,7 @@
     python tests/bench/overhead.py [demo] [logs] [import] [--config infra/runs/demo.yaml] [--record]
 
 demo     `rlhf run` with everything computed, less the same steps without Prefect and MLflow (a loop over the graph in a
-         process of its own, whose workers log no metric); and a second run, with all of it cached
+         process of its own, which heeds no metric); and a second run, with all of it cached
 logs     20,000 lines of a trainer through the way that every step is launched, less a trainer that prints none
 import   `import flows.retrain`
 
@@ -94,7 +94,7 @@ def bare(workspace: Path, config: Path) -> None:
     infrastructure = GpuInfrastructure(**SHIPPED[parsed.infrastructure])
 
     def by_worker(stage: stages.Stage, out: Path) -> Any:
-        return launched.run_worker(stage, out, infrastructure, None, lambda *told: None)
+        return launched.run_worker(stage, out, infrastructure, lambda *told: None, lambda *told: None)
 
     def here(stage: stages.Stage, out: Path) -> Any:
         with workers.over_cores() as mapped:

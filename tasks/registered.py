@@ -56,7 +56,7 @@ def as_stage(store: Store, version: Version, workspace: Path) -> StageRef:
         if (folder / "model" / "config.json").is_file():
             return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})
     identity = {"model": version.name, "version": version.version, "digest": digest}
-    stage = Stage("champion", workspace, identity, {}, ("tasks.tracking",))
+    stage = Stage("champion", workspace, identity, {}, ("tasks.tracking.registry",))
     fetched = stages.run(stage, lambda directory: tracking.fetch_version(store, version, directory))
     return StageRef("champion", fingerprint, digest, fetched.path, True, 0.0, {})
 

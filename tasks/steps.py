@@ -113,39 +113,51 @@ def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> 
     # A retry goes on where the first try came to, it does not start afresh once more.
     force = run.choice.forces(node.stage) and (task_run.run_count or 1) <= 1
     if node.launched:
-        return launched.make(
-            stage,
-            run.infrastructure,
-            run.store,
-            run.run_id,
-            name=node.key,
-            force=force,
-            resumable=node.resumable,
-            made_by=run.origin,
-            datasets=datasets(node.stage, stage),
-            on_progress=Progress(node.key),
-            on_wait=watcher().said,
-            on_answers=answer_table,
-        )
+        return by_worker(run, node.key, stage, force=force, resumable=node.resumable)
     assert work is not None, f"{node.key} is made in this process, so its task has to say how"
+    return made_here(run, node.key, stage, work, force=force, resumable=node.resumable)
+
+
+def by_worker(run: Run, key: str, stage: Stage, *, force: bool = False, resumable: bool = False) -> StageRef:
+    """The stage, finished already or made by the worker on the run's infrastructure."""
+    return launched.make(
+        stage,
+        run.infrastructure,
+        run.store,
+        run.run_id,
+        name=key,
+        force=force,
+        resumable=resumable,
+        made_by=run.origin,
+        datasets=datasets(stage),
+        on_progress=Progress(key),
+        on_wait=watcher().said,
+        on_answers=answer_table,
+    )
+
+
+def made_here(
+    run: Run, key: str, stage: Stage, work: Work, *, force: bool = False, resumable: bool = False
+) -> StageRef:
+    """The stage, finished already or made in this process."""
     ref = stages.run(
         stage,
         lambda directory: work(stage, directory),
         force=force,
-        resumable=node.resumable,
+        resumable=resumable,
         made_by=run.origin,
         on_wait=watcher().said,
     )
-    tracking.link_cached(run.store, run.run_id, ref, node.key)
+    tracking.link_cached(run.store, run.run_id, ref, key)
     return ref
 
 
-def datasets(name: str, stage: Stage) -> list[tuple[str, Path, str]]:
+def datasets(stage: Stage) -> list[tuple[str, Path, str]]:
     """The tables that a stage trains on and is evaluated on, as MLflow's dataset inputs."""
     if "data" not in stage.inputs:
         return []
-    is_evaluation = name in ("evaluate", "compare")
-    phase = "ppo" if is_evaluation else stage.config.get("phase", name)
+    is_evaluation = stage.name in ("evaluate", "compare")
+    phase = "ppo" if is_evaluation else stage.config.get("phase", stage.name)
     folder = stage.inputs["data"].directory
     both = [(f"{phase}-train", "training"), (f"{phase}-eval", "evaluation")]
     return [(file, folder / f"{file}.arrow", context) for file, context in (both[1:] if is_evaluation else both)]

@@ -4,18 +4,18 @@ Call them directly in the flow: a task that is submitted runs in a thread, where
 worker's processes would be left behind.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.states import Completed
 
-from tasks import api_judge, dag, gates, launched, registered, stages, tracking
+from tasks import api_judge, dag, gates, registered
 from tasks.config import ConfigError
 from tasks.launched import StageFailed
 from tasks.stages import Stage, StageRef
-from tasks.steps import STAGE, Progress, Run, Work, datasets, make
+from tasks.steps import STAGE, Run, Work, by_worker, made_here, make
 from tasks.tracking import Version
 from tasks.watch import watcher
 
@@ -95,20 +95,7 @@ def evaluate(run: Run, refs: Refs) -> Any:
 def compare(run: Run, refs: Refs, champion: StageRef) -> Any:
     """Answers of the candidate and of the present champion, compared in pairs."""
     stage = dag.comparison(run.config, refs, champion)
-    watcher().started("compare")
-    ref = launched.make(
-        stage,
-        run.infrastructure,
-        run.store,
-        run.run_id,
-        name="compare",
-        made_by=run.origin,
-        datasets=datasets("compare", stage),
-        on_progress=Progress("compare"),
-        on_wait=watcher().said,
-    )
-    watcher().finished("compare", ref)
-    return Completed(name="Cached", data=ref) if ref.cached else ref
+    return _beside(stage, lambda: by_worker(run, "compare", stage))
 
 
 @task(name="verdicts", task_run_name="ask the API's judge: PPO against SFT", **STAGE)
@@ -121,16 +108,14 @@ def verdicts(run: Run, refs: Refs) -> Any:
 def verdicts_on_champion(run: Run, compared: StageRef) -> Any:
     """What a judge behind an API says of the candidate's answers and the champion's."""
     stage, work = dag.verdicts_on(run.config, compared), _asked(run, "champion")
-    watcher().started("verdicts")
-    ref = stages.run(
-        stage,
-        lambda directory: work(stage, directory),
-        resumable=True,
-        made_by=run.origin,
-        on_wait=watcher().said,
-    )
-    tracking.link_cached(run.store, run.run_id, ref, "verdicts-compare")
-    watcher().finished("verdicts", ref)
+    return _beside(stage, lambda: made_here(run, "verdicts-compare", stage, work, resumable=True))
+
+
+def _beside(stage: Stage, made: Callable[[], StageRef]) -> Any:
+    """What the task of a stage returns that is in no run's graph: it hangs on who is champion when it starts."""
+    watcher().started(stage.name)
+    ref = made()
+    watcher().finished(stage.name, ref)
     return Completed(name="Cached", data=ref) if ref.cached else ref
 
 

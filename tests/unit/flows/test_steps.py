@@ -33,7 +33,7 @@ def test_datasets_of_a_stage(config: RunConfig, make_all: Any) -> None:
     folder = refs["tokenise"].directory
 
     def read(key: str) -> list[tuple[str, Path, str]]:
-        return datasets(graph[key].stage, dag.stage(config, graph[key], refs))
+        return datasets(dag.stage(config, graph[key], refs))
 
     assert read("reward") == [
         ("reward-train", folder / "reward-train.arrow", "training"),

@@ -209,17 +209,10 @@ def test_describing_a_model_loads_no_torch(tiny_models):
     assert at_once([program]) == ["False"]
 
 
-@pytest.fixture(scope="module")
-def prefect_api():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.usefixtures("prefect")
 def test_promotion_is_a_flow_with_both_outcomes(workspace, monkeypatch):
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
 
     from flows.promotion import promotion, rollback
 
@@ -228,23 +221,24 @@ def test_promotion_is_a_flow_with_both_outcomes(workspace, monkeypatch):
 
     store = tracking.open_store(workspace)
     for digest in ("a", "b"):
-        tracking.register_version(store, "chat-policy", workspace, None, {"digest": digest})
-    assert promotion("chat", 1, str(workspace), Judgement([gate(True)], None)).promoted
-    state = promotion("chat-policy", 2, str(workspace), Judgement([gate(False)], 1), return_state=True)
+        tracking.register_version(store, "pair-policy", workspace, None, {"digest": digest})
+    assert promotion("pair", 1, str(workspace), Judgement([gate(True)], None)).promoted
+    state = promotion("pair-policy", 2, str(workspace), Judgement([gate(False)], 1), return_state=True)
     assert not state.result().promoted
-    assert tracking.alias(store, "chat-policy", tracking.CHAMPION).version == 1
-    assert promotion("chat", 2, str(workspace)).promoted
-    assert tracking.alias(store, "chat-policy", tracking.CHAMPION).version == 2
-    assert rollback("chat", 2, str(workspace), "worse in practice").promoted
-    assert tracking.alias(store, "chat-policy", tracking.CHAMPION).version == 1
-    with pytest.raises(ValueError, match="chat-policy has no version 5; it has 1, 2"):
-        promotion("chat", 5, str(workspace))
+    assert tracking.alias(store, "pair-policy", tracking.CHAMPION).version == 1
+    assert promotion("pair", 2, str(workspace)).promoted
+    assert tracking.alias(store, "pair-policy", tracking.CHAMPION).version == 2
+    assert rollback("pair", 2, str(workspace), "worse in practice").promoted
+    assert tracking.alias(store, "pair-policy", tracking.CHAMPION).version == 1
+    with pytest.raises(ValueError, match="pair-policy has no version 5; it has 1, 2"):
+        promotion("pair", 5, str(workspace))
     with get_client(sync_client=True) as client:
-        runs = {run.name: run.state.name for run in client.read_flow_runs()}
-        shown = {artifact.key for artifact in client.read_artifacts()}
-    assert runs["promote-chat-2"] == "Completed"
-    assert runs["promote-chat-5"] == "Failed"
-    assert runs["roll-back-chat-2"] == "Completed"
+        ours = FlowRunFilter(name={"any_": ["promote-pair-1", "promote-pair-2", "promote-pair-5", "roll-back-pair-2"]})
+        runs = {run.name: run.state.name for run in client.read_flow_runs(flow_run_filter=ours)}
+        shown = {artifact.key for artifact in client.read_artifacts(flow_run_filter=ours)}
+    assert runs["promote-pair-2"] == "Completed"
+    assert runs["promote-pair-5"] == "Failed"
+    assert runs["roll-back-pair-2"] == "Completed"
     assert {"promotion", "gates", "rollback"} <= shown
 
 

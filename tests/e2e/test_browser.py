@@ -217,7 +217,8 @@ def test_the_page_of_a_cached_stage_leads_to_the_run_that_made_it(
 
 def test_mlflow_shows_versions_and_aliases(champion: str, page: Any, mlflow: str, keep: Callable[..., None]) -> None:
     page.goto(f"{mlflow}/#/models")
-    page.add_locator_handler(page.get_by_role("dialog"), lambda: page.keyboard.press("Escape"))  # MLflow's news
+    news = page.get_by_role("dialog")  # MLflow's
+    page.add_locator_handler(news, lambda: news.get_by_role("button", name="Close").click())
     page.get_by_role("link", name="tiny-policy", exact=True).click()
     version = page.get_by_role("row").filter(has=page.get_by_role("link", name="Version 1"))
     version.get_by_text("@ champion", exact=True).wait_for()

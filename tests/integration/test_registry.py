@@ -191,7 +191,9 @@ def test_mlflow_serves_the_champion_over_http(tiny_models, workspace, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/tiny-policy@champion"]
     command += ["--env-manager", "local", "--port", str(port)]
-    env = {"MLFLOW_TRACKING_URI": store.uri}
+    # It starts `uvicorn` by name, so the environment has to be an activated one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {"MLFLOW_TRACKING_URI": store.uri, "PATH": path}
     with Server("model", command, env, port=port, paths=("/invocations", "/ping"), log=tmp_path / "log") as server:
         question = (folder / "serving_input_example.json").read_bytes()
         request = urllib.request.Request(server.wait_ready(), question, {"Content-Type": "application/json"})

@@ -250,6 +250,7 @@ def _closure(roots: Sequence[str]) -> list[str]:
     return sorted(seen)
 
 
+@cache
 def _imports(module: str) -> set[str]:
     """The project modules that a module names in its import statements, at any depth."""
     names: set[str] = set()
@@ -265,6 +266,7 @@ def _module_file(module: str) -> Path:
     return REPO / Path(*module.split(".")).with_suffix(".py")
 
 
+@cache
 def _source(module: str) -> str:
     """A module's source as the compiler sees it: no comments, no layout, no docstrings."""
     tree = ast.parse(_module_file(module).read_text())

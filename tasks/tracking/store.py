@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -130,11 +131,11 @@ def _create_database(database: Path, artifacts: Path) -> None:
 
 def _migrate_database(database: Path) -> None:
     """Bring a database that an older MLflow made up to date, keeping a copy of it as it was."""
-    from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db
+    if _schema_of(database) == _latest_schema():
+        return
+    from mlflow.store.db.utils import _upgrade_db
     from sqlalchemy import create_engine
 
-    if _schema_of(database) == _get_latest_schema_revision():
-        return
     backup = database.with_name(f"{database.name}.before-migration")
     shutil.copyfile(database, backup)
     engine = create_engine(f"sqlite:///{database}")
@@ -148,6 +149,14 @@ def _migrate_database(database: Path) -> None:
         ) from None
     finally:
         engine.dispose()
+
+
+@cache
+def _latest_schema() -> str:
+    """The schema revision of this MLflow, which reads its hundred migrations to know it."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    return str(_get_latest_schema_revision())
 
 
 def _schema_of(database: Path) -> str | None:

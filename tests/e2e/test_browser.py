@@ -16,6 +16,7 @@ import pytest
 
 from infra import servers
 from tasks import history, tracking
+from tasks.config import SIX_SETS
 from tests.api import ask, run_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'rlhf-flows[dev]'")
@@ -35,14 +36,6 @@ STEPS = [
     "PPO: train policy and critic",
     "evaluate: PPO against SFT",
     "register",
-]
-SETS = [
-    "Dahoas/rm-static",
-    "Dahoas/full-hh-rlhf",
-    "Dahoas/synthetic-instruct-gptj-pairwise",
-    "yitingxie/rlhf-reward-datasets",
-    "openai/webgpt_comparisons",
-    "stanfordnlp/SHP",
 ]
 
 
@@ -189,7 +182,7 @@ def test_by_clicks_alone_from_the_champions_run_to_what_it_was_made_from(
     page.get_by_role("link", name="Prefect run").first.wait_for()
     keep(page, "lineage")
     text = page.locator("body").inner_text()
-    assert all(re.search(rf"download \w{{16}} {name}@local · \d+ rows", text) for name in SETS)
+    assert all(re.search(rf"download \w{{16}} {name}@local · \d+ rows", text) for name in SIX_SETS)
     assert "random weights, heads 2, hidden_size 32, layers 1, positions 256, vocab_size 400" in text
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     if head.returncode == 0:  # else the tests run on a copy without git

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.tracking.redaction import without_credentials
-from tasks.tracking.store import connect, quiet
+from tasks.tracking.store import connect, first_line, quiet
 
 SECONDS_BETWEEN_FLUSHES = 2.0
 SECONDS_TO_CLOSE = 5.0  # a run that is stopped has to end
@@ -72,8 +72,7 @@ class Tracker:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            text = f"MLflow took no metrics ({reason}); training goes on, and records/metrics.jsonl has them"
+            text = f"MLflow took no metrics ({first_line(error)}); training goes on, and records/metrics.jsonl has them"
             print(without_credentials(text), file=sys.stderr, flush=True)
 
 

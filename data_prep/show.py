@@ -109,4 +109,6 @@ def find_source(wanted: str, names: Sequence[str]) -> str:
     short = {name.lower().rpartition("/")[2]: name for name in names} | {name.lower(): name for name in names}
     near = difflib.get_close_matches(low, short, n=1, cutoff=0.3)
     hint = f"did you mean {short[near[0]]}? They are" if near else "they are"
-    raise ValueError(f"no row here is from a source {wanted}; {hint}: {', '.join(names)}")
+    raise ValueError(
+        f"no row here is from a source {wanted}; {hint}: {', '.join(names)}. Another phase may have some (--phase)"
+    )

@@ -21,8 +21,10 @@ demo: install
 gpu-demo: install
 	$(BIN)/rlhf run infra/runs/smollm2-135m.yaml $(SETTINGS)
 
+# A file's tests share servers and models, so they stay in one process; the long files come first.
 test: install
-	$(BIN)/pytest -q -m "not slow and not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	    -m "not slow and not gpu" tests
 
 test-all: test
 	$(BIN)/pytest -q -m "slow and not gpu" tests

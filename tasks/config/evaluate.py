@@ -1,0 +1,53 @@
+"""The section `evaluate`: whose answers are drawn and who judges them."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tasks.config.ppo import SamplingConfig
+from tasks.config.section import Positive, PositiveFloat, Section
+
+
+class ApiJudgeConfig(Section):
+    """A judge behind an OpenAI-compatible API, asked for each pair of answers twice (`tasks.api_judge`)."""
+
+    base_url: str = "https://api.openai.com/v1"
+    model: str
+    key_variable: str | None = "OPENAI_API_KEY"
+    """The environment variable that holds the key, which is kept nowhere else; null: the server wants none."""
+    prompts: Positive = 100
+    """At most so many prompts of a comparison are judged, by two calls each."""
+    max_calls: Positive = 500
+    """A comparison is judged by at most so many requests, retries included."""
+    max_cost: PositiveFloat | None = None
+    """A comparison's judging ends when it has cost so much, in the unit of `prices`; null: only calls count."""
+    prices: tuple[float, float] = (0.0, 0.0)
+    """Of a million tokens that the judge reads, and of a million that it writes."""
+    calls_per_minute: PositiveFloat = 60
+    retries: int = Field(5, ge=0)
+    """After an error of the server or of the connection, and where it asks to wait; each waits longer."""
+    timeout_seconds: PositiveFloat = 60
+    max_reply_tokens: Positive = 512
+
+    @model_validator(mode="after")
+    def _costs_are_known(self) -> "ApiJudgeConfig":
+        if self.max_cost is not None and not any(self.prices):
+            raise ValueError("max_cost needs prices, of a million tokens read and written; set them as well")
+        if re.search(r"//[^/]*@", self.base_url):
+            raise ValueError("base_url holds a password; give it by the environment variable that key_variable names")
+        return self
+
+
+class EvaluateConfig(Section):
+    prompts: Positive = 200
+    """Held-out prompts that SFT and PPO answer."""
+    batch_size: Positive = 32
+    sampling: SamplingConfig = SamplingConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    text_chunks: Positive = 64
+    """At most so many chunks of held-out unsupervised text, where the run has some, are read for perplexities."""
+    api_judge: ApiJudgeConfig | None = None
+    """Ask a judge behind an API as well; null: none."""
+    samples: Positive = 8
+    """Answers shown side by side in the report."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-SAMPLES = "samples.jsonl"
+from tasks.training.samples import SAMPLES
+
 SHOWN = 8
 """Answers of a pool in the table."""
 

@@ -16,11 +16,10 @@ from infra.gpu import GpuInfrastructure
 from tasks import stages, tracking
 from tasks.answers import Answers
 from tasks.config import ConfigError
+from tasks.profiling import TABLE, TRACE
 from tasks.stages import RECORDS, REPO, Stage, StageRef, checkpoint_step, write_json
 
 LOG = "worker.log"
-TRACES = ("trace.json.gz", "trace.txt")
-"""What `tasks.profiling` leaves, of which this process must not load torch to know."""
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
@@ -87,7 +86,7 @@ def make(
         raise
     if run_id is not None:
         tracking.finish_stage(store, run_id, ref, datasets)
-        for trace in TRACES:
+        for trace in (TRACE, TABLE):
             if (path := ref.directory / RECORDS / trace).exists():
                 tracking.log_file(store, run_id, path, "profile")
     else:

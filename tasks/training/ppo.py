@@ -64,7 +64,7 @@ from tasks.training.kl import adapted_kl_coef
 from tasks.training.lora import Base, add_adapters
 from tasks.training.losses import language_loss, policy_loss, value_loss
 from tasks.training.models import load_policy, load_scalar
-from tasks.training.ranks import all_sum, any_rank, world_size
+from tasks.training.ranks import all_sum, any_rank, rank, world_size
 from tasks.training.types import Engine, Experience, Sequences
 
 SUMMARY = ("reward", "kl", "entropy", "answer_tokens", "eos_rate", "distinct_2", "explained_variance", "samples_per_s")
@@ -102,7 +102,8 @@ def run(job: Job) -> dict[str, Any]:
     if resumed := checkpoint.load(job.checkpoints, trained):
         begin = resumed[0]
         state = take_up(resumed[1], ema)
-    samples.cut_back(job.directory, begin)
+    if rank() == 0:
+        samples.cut_back(job.directory, begin)
     kept: dict[str, Any] = {}
     for step in range(begin, config.steps):
         metrics = train_on_pool(job, config, networks, ema, data, state, step)
@@ -238,7 +239,8 @@ def make_pool(
         rollout = sample(job, config, networks, [data.prompts[row]["prompt"] for row in rows], number)
         generated = time.perf_counter()
         scored = score(config, networks, rollout)
-        if number == step * config.generation_batches and samples.is_kept(step, config.steps):
+        first = number == step * config.generation_batches
+        if first and rank() == 0 and samples.is_kept(step, config.steps):
             samples.keep(job.directory, step, scored)
         if config.normalise_rewards:
             state.moments = state.moments.with_scores(scored.scores, all_sum)

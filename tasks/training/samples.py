@@ -1,18 +1,15 @@
 """Answers that PPO keeps along its way, so that what it must not see, the gold reward model, can score them later.
 
 `samples.jsonl`: of about 20 pools from the first to the last, up to 64 answers of the first rank, each with its tokens,
-the reward model's score and its KL to the reference.
+the reward model's score and its KL to the reference. Loads no torch: the flow's process shows the file as it grows
+(`tasks.answers`).
 """
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from tasks.training.ranks import rank
-
-if TYPE_CHECKING:  # evaluation reads the file, and shall not wait for DeepSpeed
+if TYPE_CHECKING:
     from tasks.training.experience import Scored
 
 SAMPLES = "samples.jsonl"
@@ -26,12 +23,10 @@ def is_kept(step: int, steps: int) -> bool:
 
 
 def keep(directory: Path, step: int, scored: "Scored") -> None:
-    """Append the answers of a rollout, if this is the first rank."""
-    if rank() != 0:
-        return
+    """Append the answers of the first rank's rollout."""
     sequences, mask = scored.rollout.sequences, scored.rollout.answer_mask
     start = sequences.input_ids.shape[1] - mask.shape[1]
-    kl = torch.where(mask, scored.logprobs - scored.reference, 0.0).sum(1).tolist()
+    kl = (scored.logprobs - scored.reference).where(mask, 0.0).sum(1).tolist()
     with (directory / SAMPLES).open("a", encoding="utf-8") as file:
         for place, score in enumerate(scored.scores[:ANSWERS].tolist()):
             prompt = sequences.input_ids[place, :start][sequences.attention_mask[place, :start]].tolist()
@@ -43,7 +38,7 @@ def keep(directory: Path, step: int, scored: "Scored") -> None:
 def cut_back(directory: Path, step: int) -> None:
     """Drop the answers of pools after `step`, which a resumed run makes again."""
     path = directory / SAMPLES
-    if rank() != 0 or not path.exists():
+    if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step), encoding="utf-8")

@@ -202,9 +202,9 @@ def test_mlflow_serves_the_champion_over_http(tiny_models, workspace, tmp_path):
     assert said.startswith("red apple")
 
 
-def test_describing_a_model_loads_no_torch(tiny_models):
+def test_watching_a_worker_and_describing_its_model_loads_no_torch(tiny_models):
     program = (
-        "import sys; from pathlib import Path; from tasks.tracking import mlmodel; "
+        "import sys; from pathlib import Path; from tasks import launched; from tasks.tracking import mlmodel; "
         f"mlmodel.describe_model(Path({str(tiny_models['text-generation'])!r}), 'text-generation', 'red'); "
         "print('torch' in sys.modules)"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks import launched, profiling
+from tasks import profiling
 
 
 @pytest.mark.parametrize("steps", [4, 3])
@@ -21,4 +21,3 @@ def test_the_trace_holds_the_steps_after_the_first_two(tmp_path: Path, steps: in
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {name for name in names if str(name).startswith("step ")} == {f"step {n}" for n in range(2, steps)}
     assert "aten::mm" in (tmp_path / profiling.TABLE).read_text()
-    assert (profiling.TRACE, profiling.TABLE) == launched.TRACES

@@ -19,9 +19,9 @@ from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
 from tasks import registered, tracking, untrusted
 from tasks.base import resolve
 from tasks.tracking import Store
-from tasks.training.batches import at, chunks, left_padded, right_padded
+from tasks.training.batches import at, right_padded
 from tasks.training.models import load_policy, load_scalar
-from tasks.training.rollout import generate
+from tasks.training.sampling import Drawing, answers
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,25 @@ class Speaker:
             stop.set()
             thread.join()
 
-    def answers(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
-        """The answers to a batch of prompts. Raises ValueError for one that leaves no room for an answer."""
+    def answers(
+        self, prompts: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int | None = None
+    ) -> Iterator[str]:
+        """The answers to prompts in their order, so many drawn at a time; None: all.
+
+        Raises ValueError before the first, for a prompt that leaves no room for an answer.
+        """
         asked = [self._asked(messages, sampling) for messages in prompts]
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        batch = left_padded(asked, pad, self.device)
-        random = torch.Generator(self.device).manual_seed(sampling.seed) if sampling.temperature else None
-        temperature = sampling.temperature or 1.0
-        rollout = generate(self.model, batch, sampling.max_tokens, end, pad, temperature, random, top_p=sampling.top_p)
-        drawn = rollout.sequences.input_ids[:, batch.input_ids.shape[1] :]
-        rows = (ids[mask].tolist() for ids, mask in zip(drawn, rollout.answer_mask, strict=True))
-        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in rows]
+        how = Drawing(
+            limit=sampling.max_tokens,
+            temperature=sampling.temperature,
+            eos=self.tokenizer.eos_token_id,
+            pad=self.tokenizer.pad_token_id,
+            seed=sampling.seed * 1_000_003,  # each batch counts on from it
+            top_p=sampling.top_p,
+        )
+        for rollout in answers(self.model, asked, how, batch_size or len(asked), self.device):
+            for row in rollout.answers():
+                yield str(self.tokenizer.decode(row, skip_special_tokens=True)).strip()
 
     def _asked(self, messages: Sequence[Message], sampling: Sampling) -> list[int]:
         ids = prompt_ids(self.tokenizer, messages)
@@ -182,15 +190,6 @@ def _messages(value: object, where: str) -> list[Message]:
     if not conversation.is_prompt(messages):
         raise ValueError(f"{where}: the turns have to alternate and end with the user's")
     return messages
-
-
-def answered(
-    speaker: Speaker, prompts: Sequence[list[Message]], sampling: Sampling, batch_size: int
-) -> Iterator[tuple[list[Message], str]]:
-    """Each prompt with its answer, in order. Every batch has randomness of its own."""
-    for number, part in enumerate(chunks(prompts, batch_size)):
-        own = Sampling(sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed * 1_000_003 + number)
-        yield from zip(part, speaker.answers(part, own), strict=True)
 
 
 def _dtype(device: torch.device) -> torch.dtype:

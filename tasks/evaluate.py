@@ -174,11 +174,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Text, scores, tokens, EOS, repetition, KL to the reference and (demo) true score of the answers of one batch."""
     name = contestant.name
-    start = rollout.sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
-    answered = [
-        tokens[mask].tolist()
-        for tokens, mask in zip(rollout.sequences.input_ids[:, start:], rollout.answer_mask, strict=True)
-    ]
+    answered = rollout.answers()
     texts = [str(contestant.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answered]
     judged = answered
     if contestant.tokenizer is not panel.tokenizer:
@@ -199,7 +195,7 @@ def measure(
             column[f"{name}_true_score"] = true_score(row["messages"][-1]["content"], text)
         columns.append(column)
     if panel.reference is not None:
-        logprobs = panel.reference(rollout.sequences, start, config.sampling.temperature).logprobs
+        logprobs = panel.reference(rollout.sequences, rollout.start, config.sampling.temperature).logprobs
         kl = torch.where(rollout.answer_mask, rollout.logprobs - logprobs, 0.0).sum(1)
         columns = [column | {f"{name}_kl": float(value)} for column, value in zip(columns, kl, strict=True)]
     return columns

@@ -20,7 +20,7 @@ Model = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Limit of an answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Of sampling; 0: always the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample from the likeliest tokens of this mass.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest tokens of this mass.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of sampling.")]
 HELP = "/compare MODEL: both answer your last message. /reset: a new conversation. /quit, or Ctrl-D: the end."
 
@@ -72,7 +72,7 @@ def generate(
     asked = chat.read_prompts(prompts)
     own = chat.speaker(model, existing_store(workspace))
     sampling = chat.Sampling(max_tokens, temperature, top_p, seed)
-    answers = chat.answered(own, asked, sampling, batch_size)
+    answers = zip(asked, own.answers(asked, sampling, batch_size), strict=True)
     draft = out.with_name(f".{out.name}.part")
     with draft.open("w", encoding="utf-8") as file:
         for messages, answer in track(answers, own.name, len(asked), console=console.errors, transient=True):

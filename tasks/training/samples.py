@@ -24,14 +24,13 @@ def is_kept(step: int, steps: int) -> bool:
 
 def keep(directory: Path, step: int, scored: "Scored") -> None:
     """Append the answers of the first rank's rollout."""
-    sequences, mask = scored.rollout.sequences, scored.rollout.answer_mask
-    start = sequences.input_ids.shape[1] - mask.shape[1]
+    sequences, mask, start = scored.rollout.sequences, scored.rollout.answer_mask, scored.rollout.start
+    answers = scored.rollout.answers()
     kl = (scored.logprobs - scored.reference).where(mask, 0.0).sum(1).tolist()
     with (directory / SAMPLES).open("a", encoding="utf-8") as file:
         for place, score in enumerate(scored.scores[:ANSWERS].tolist()):
             prompt = sequences.input_ids[place, :start][sequences.attention_mask[place, :start]].tolist()
-            answer = sequences.input_ids[place, start:][mask[place]].tolist()
-            row = {"step": step + 1, "prompt": prompt, "answer": answer, "reward": score, "kl": kl[place]}
+            row = {"step": step + 1, "prompt": prompt, "answer": answers[place], "reward": score, "kl": kl[place]}
             file.write(json.dumps(row) + "\n")
 
 

@@ -4,6 +4,7 @@ Slots are what PPO samples in (`rollout_slots.py`). The plain loop stays for fam
 truncated distributions, and on a CPU for prompts that one batch holds: there it is as fast, and needs no DeepSpeed.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +56,10 @@ def answers(
 def cut(rollout: Rollout, start: int, stop: int) -> Rollout:
     """Rows of a rollout, without the columns that are padding in all of them."""
     sequences, answered = rollout.sequences, rollout.answer_mask[start:stop]
-    prompt = sequences.input_ids.shape[1] - rollout.answer_mask.shape[1]
     mask = sequences.attention_mask[start:stop]
-    first = int(mask[:, :prompt].any(0).int().argmax())
+    first = int(mask[:, : rollout.start].any(0).int().argmax())
     longest = max(1, int(answered.sum(1).max()))
-    columns = slice(first, prompt + longest)
+    columns = slice(first, rollout.start + longest)
     kept = mask[:, columns]
     return Rollout(
         Sequences(sequences.input_ids[start:stop, columns], kept, positions(kept)),
@@ -71,8 +71,10 @@ def cut(rollout: Rollout, start: int, stop: int) -> Rollout:
 
 def _slots(model: Any, prompts: Sequence[Sequence[int]], how: Drawing, batch_size: int, device: torch.device) -> Any:
     """(prompts, seed) -> rollout, in slots; None where the plain loop has to do, or does as well."""
-    if how.top_k or how.top_p < 1 or (device.type == "cpu" and len(prompts) <= batch_size):
+    if how.top_k or how.top_p < 1 or len(prompts) <= (batch_size if device.type == "cpu" else 0):
         return None
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
     from tasks.training.decoder import UnsupportedError
     from tasks.training.rollout_slots import Request, Sampling, SlotEngine  # late: DeepSpeed takes seconds
 

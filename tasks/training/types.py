@@ -76,6 +76,16 @@ class Rollout(NamedTuple):
     ended: Tensor
     """[B] bool; True where the policy sampled EOS within its limit"""
 
+    @property
+    def start(self) -> int:
+        """P, where the answers begin."""
+        return self.sequences.input_ids.shape[1] - self.answer_mask.shape[1]
+
+    def answers(self) -> list[list[int]]:
+        """The tokens of each answer, EOS included."""
+        tokens = self.sequences.input_ids[:, self.start :]
+        return [row[mask].tolist() for row, mask in zip(tokens, self.answer_mask, strict=True)]
+
 
 class Experience(NamedTuple):
     """A rollout with all that PPO's update needs, one row per sequence."""

@@ -71,7 +71,7 @@ def test_pieces_join_to_the_answer_of_a_batch(speaker: Speaker) -> None:
 
 def test_same_seed_draws_the_same_answer(speaker: Speaker) -> None:
     def drawn(seed: int) -> str:
-        return speaker.answers([asked("a plum")], Sampling(12, 1.0, 1.0, seed))[0]
+        return next(speaker.answers([asked("a plum")], Sampling(12, 1.0, 1.0, seed)))
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in range(6)}) > 1
@@ -99,14 +99,14 @@ def test_the_conversation_is_kept_until_it_is_reset(speaker: Speaker) -> None:
     talk.hear("what is red?")
     talk.hear("and green?")
     assert [turn["role"] for turn in talk.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert talk.messages[4]["content"] == speaker.answers([talk.messages[:4]], GREEDY)[0]
+    assert talk.messages[4]["content"] == next(speaker.answers([talk.messages[:4]], GREEDY))
     talk.hear("/reset")
     assert talk.messages == [{"role": "system", "content": "be brief"}]
 
 
 def test_a_conversation_without_room_is_refused(speaker: Speaker) -> None:
     with pytest.raises(ValueError, match=r"has \d+ tokens and chat-policy 1 has room for 256, the answer's 250"):
-        speaker.answers([asked("is the pear green")], Sampling(250, 0.0, 1.0, 0))
+        next(speaker.answers([asked("is the pear green")], Sampling(250, 0.0, 1.0, 0)))
 
 
 def test_reward_is_the_score_less_the_mean(workspace: Path) -> None:
@@ -153,16 +153,20 @@ def test_what_are_no_prompts_is_one_sentence(tmp_path: Path, text: str, sentence
     assert sentence in str(raised.value)
 
 
-def test_generate_answers_every_prompt_in_order(workspace: Path, tmp_path: Path, speaker: Speaker) -> None:
+def test_generate_answers_every_prompt_in_order_and_in_slots(
+    workspace: Path, tmp_path: Path, speaker: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["what is red?", "a plum or an apple", "is the pear green"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     command = ["generate", "models:/chat-policy@champion", "--prompts", str(tmp_path / "prompts.jsonl")]
     options = ["--out", str(tmp_path / "out.jsonl"), "--batch-size", "2", "--max-tokens", "12", "--temperature", "0"]
-    result = CliRunner().invoke(app, [*command, *options, "--workspace", str(workspace)])
+    with monkeypatch.context() as patch:
+        patch.delattr("tasks.training.sampling.generate")  # the plain loop, which gives the answers to compare with
+        result = CliRunner().invoke(app, [*command, *options, "--workspace", str(workspace)])
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [asked(text) for text in texts]
-    assert [row["answer"] for row in rows] == speaker.answers([asked(text) for text in texts], GREEDY)
+    assert [row["answer"] for row in rows] == list(speaker.answers([asked(text) for text in texts], GREEDY))
     assert {row["model"] for row in rows} == {"chat-policy 1"}
 
 

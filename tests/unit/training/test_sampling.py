@@ -26,8 +26,7 @@ def drawn(model: LlamaForCausalLM, batch_size: int, **how: object) -> list[list[
     found: list[list[int]] = []
     given = {"limit": 12, "temperature": 1.0, "eos": EOS, "pad": PAD, "seed": 4, **how}
     for rollout in sampling.answers(model, PROMPTS, Drawing(**given), batch_size, CPU):
-        ids = rollout.sequences.input_ids[:, -rollout.answer_mask.shape[1] :]
-        rows = [row[mask].tolist() for row, mask in zip(ids, rollout.answer_mask, strict=True)]
+        rows = rollout.answers()
         assert max(map(len, rows)) == rollout.answer_mask.shape[1], "no column is padding alone"
         assert rollout.ended.tolist() == [row[-1] == EOS for row in rows]
         found += rows

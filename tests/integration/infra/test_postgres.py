@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,14 +21,14 @@ import yaml
 from infra.machine import free_port
 from infra.owned import OwnedProcess
 from infra.servers import Server
+from tests import postgres
 
 INFRA = Path(__file__).parents[3] / "infra"
-BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(BINARIES is None, reason="needs PostgreSQL (Debian: apt install postgresql)"),
+    postgres.needed,
 ]
 RLHF = Path(sys.executable).with_name("rlhf")
 RUNS = 8
@@ -54,41 +52,20 @@ class Team:
     mlflow: Server
     worker_command: list[str]
     worker_environment: dict[str, str]
-    psql: Any
+    database: postgres.Postgres
     logs: list[Path]
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a PostgreSQL of the module's own, with the user and the databases that compose.yaml names."""
-    assert BINARIES is not None
-    folder = Path(tempfile.mkdtemp(prefix="rlhf-postgres-"))  # pytest's own folders are closed to other users
-    folder.chmod(0o755)
-    owner: dict[str, Any] = {"cwd": folder, "check": True, "capture_output": True, "text": True}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        shutil.chown(folder, "postgres", "postgres")
-        owner |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-    (folder / "password").write_text(SECRETS["POSTGRES_PASSWORD"])
-    (folder / "password").chmod(0o644)
-    port = free_port()
-
-    def run(name: str, *arguments: str) -> None:
-        subprocess.run([str(BINARIES.with_name(name)), *arguments], **owner)
-
-    data = str(folder / "data")
-    run("initdb", "-D", data, "-U", "rlhf", "--auth=scram-sha-256", "--pwfile", str(folder / "password"), "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    run("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
-    try:
-        yield port
-        assert not TROUBLE.search((folder / "log").read_text())
-    finally:
-        run("pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
-        shutil.rmtree(folder)
+def database() -> Iterator[postgres.Postgres]:
+    """A PostgreSQL that tells of no trouble by the end."""
+    with postgres.running(SECRETS["POSTGRES_PASSWORD"]) as server:
+        yield server
+        assert not TROUBLE.search(server.log.read_text())
 
 
 @pytest.fixture(scope="module")
-def team(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+def team(database: postgres.Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """Prefect's and MLflow's server as compose.yaml starts them, with this machine's ports and folders for its own."""
     folder = tmp_path_factory.mktemp("team")
     services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
@@ -96,7 +73,7 @@ def team(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Te
 
     def here(text: str) -> str:
         text = re.sub(r"\$\{(\w+):([-?])([^}]*)\}", lambda m: SECRETS.get(m[1], m[3] if m[2] == "-" else ""), str(text))
-        text = text.replace("@postgres:5432", f"@127.0.0.1:{postgres}").replace("0.0.0.0", "127.0.0.1")
+        text = text.replace("@postgres:5432", f"@127.0.0.1:{database.port}").replace("0.0.0.0", "127.0.0.1")
         text = text.replace("/etc/mlflow-auth.ini", str(folder / "mlflow-auth.ini"))
         text = text.replace("=/artifacts", f"={folder / 'artifacts'}")
         for name, own in (("prefect", "4200"), ("mlflow", "5000")):
@@ -114,15 +91,9 @@ def team(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Te
 
     (folder / "mlflow-auth.ini").write_text(here((INFRA / "mlflow-auth.ini").read_text()))
 
-    def psql(database: str, query: str) -> str:
-        assert BINARIES is not None
-        command = [BINARIES.with_name("psql"), "-h", "127.0.0.1", "-p", str(postgres), "-U", "rlhf", "-d", database]
-        env = {**os.environ, "PGPASSWORD": SECRETS["POSTGRES_PASSWORD"]}
-        return subprocess.run([*command, "-Atc", query], env=env, check=True, capture_output=True, text=True).stdout
-
-    psql("postgres", f"CREATE DATABASE {services['postgres']['environment']['POSTGRES_DB']}")
+    database.ask("postgres", f"CREATE DATABASE {services['postgres']['environment']['POSTGRES_DB']}")
     for statement in re.findall(r"^CREATE [^;]+;", (INFRA / "databases.sql").read_text(), re.MULTILINE):
-        psql("postgres", statement)
+        database.ask("postgres", statement)
     with ExitStack() as stack:
         prefect = stack.enter_context(start("prefect", ("/api", "/api/health")))
         mlflow = stack.enter_context(start("mlflow", ("", "/health")))
@@ -133,7 +104,7 @@ def team(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Te
             mlflow,
             services["worker"]["command"],
             environment("worker"),
-            psql,
+            database,
             [folder / "prefect.log", folder / "mlflow.log"],
         )
 
@@ -180,7 +151,7 @@ def eight(team: Team, worker: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("runs")
     login = team.worker_environment["PREFECT_API_AUTH_STRING"]
     asked = {"state": {"type": "SCHEDULED"}, "parameters": {"until": UNTIL}}
-    nightly = team.psql("prefect", "SELECT id FROM deployment").strip()
+    nightly = team.database.ask("prefect", "SELECT id FROM deployment").strip()
     assert status(f"{team.prefect.url}/deployments/{nightly}/create_flow_run", login, asked) == 201
     started = []
     for number in range(1, RUNS):
@@ -198,7 +169,7 @@ def eight(team: Team, worker: Path, tmp_path_factory: pytest.TempPathFactory) ->
     try:
         outputs = [process.communicate(timeout=500)[0] for process in started]
         end = time.monotonic() + 120
-        while (state := team.psql("prefect", OF_THE_WORKER).strip()) not in ("COMPLETED", "FAILED", "CRASHED"):
+        while (state := team.database.ask("prefect", OF_THE_WORKER).strip()) not in ("COMPLETED", "FAILED", "CRASHED"):
             assert time.monotonic() < end, f"{state}: {worker.read_text()}"
             time.sleep(1)
     finally:
@@ -209,10 +180,10 @@ def eight(team: Team, worker: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_eight_runs_at_once_are_all_kept_and_none_meets_a_lock(team: Team, eight: list[str]) -> None:
-    kept = team.psql("prefect", "SELECT tags ->> 0, state_type FROM flow_run WHERE parent_task_run_id IS NULL")
+    kept = team.database.ask("prefect", "SELECT tags ->> 0, state_type FROM flow_run WHERE parent_task_run_id IS NULL")
     kept = sorted(line for line in kept.splitlines() if line.startswith("run"))
     assert kept == [f"run{number}|COMPLETED" for number in range(RUNS)]
-    runs = team.psql(
+    runs = team.database.ask(
         "mlflow", "SELECT t.value, r.status FROM runs r JOIN tags t USING (run_uuid) WHERE t.key = 'rlhf.name'"
     )
     assert sorted(runs.splitlines()) == [f"run{number}|FINISHED" for number in range(RUNS)]

@@ -17,7 +17,8 @@ plain script     kill -9      torchrun, deepspeed  Crashed: "Its process was kil
 
 Ctrl-C reaches all processes of the terminal, SIGTERM the script, `rlhf serve` or the worker alone, kill -9 the flow's
 process. In each of the 24 cells all ranks are gone within 30 s and leave their checkpoints, the state says what
-happened, and the retry goes on from the checkpoints. The flow, `counting`, has one step, whose ranks count.
+happened, and the retry goes on from the checkpoints. The flow, `counting`, has one step, whose ranks count. Prefect's
+server has a PostgreSQL: on SQLite, with three services at once, it stands still for more than a minute now and then.
 """
 
 import json
@@ -33,10 +34,11 @@ from typing import Any
 
 import pytest
 
+from infra import servers
 from infra.owned import kill_processes_with, processes_with
-from tests import api
+from tests import api, postgres
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), postgres.needed]
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parents[3]
 RUN_COUNTING = (sys.executable, PROGRAMS / "run_counting.py")
@@ -213,6 +215,20 @@ def live_through(prefect_api: str, folder: Path, way: str, launcher: str, cells:
                 told.set_result(None)
     finally:
         service.end()
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API of a Prefect server on PostgreSQL."""
+    log = tmp_path_factory.mktemp("prefect-on-postgres") / "server.log"
+    with postgres.running("of-the-database") as database, pytest.MonkeyPatch.context() as patch:
+        database.ask("postgres", "CREATE DATABASE prefect")
+        address = f"{postgres.USER}:{database.password}@127.0.0.1:{database.port}"
+        patch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"postgresql+asyncpg://{address}/prefect")
+        server = servers.prefect_server(log=log)
+        patch.undo()  # the services know the server alone
+        with server:
+            yield server.wait_ready()
 
 
 @pytest.fixture(scope="module")

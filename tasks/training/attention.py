@@ -27,13 +27,48 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "gpt2")
 
 
 def use_packed(model: PreTrainedModel) -> None:
-    """Let a model read packed rows beside padded batches. Raises ValueError for a type that is not known to."""
-    if model.config.model_type not in FAMILIES:
+    """Let a model read packed rows beside padded batches.
+
+    Raises ValueError for a type of transformers that is not known to keep samples apart, and for a class that a model
+    brings itself, whatever type it names, that is seen not to.
+    """
+    own = brings_code(model)
+    if not own and model.config.model_type not in FAMILIES:
         raise ValueError(
             f"models of type {model.config.model_type} are not known to keep attention inside packed samples; take one "
             f"of {', '.join(FAMILIES)}"
         )
     model.set_attn_implementation(PACKED)
+    if own and not _keeps_apart(model):
+        raise ValueError(
+            f"in {type(model).__name__}, the code that the model brings, a token of a packed row sees other samples; "
+            "its attention has to be that of transformers' AttentionInterface, with all keyword arguments handed on"
+        )
+
+
+def brings_code(model: PreTrainedModel) -> bool:
+    """Whether a model's class is not one of transformers' own, so that its forward may be any."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+@torch.no_grad()
+def _keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether two short samples in a row give the states that each gives alone. The model is in eval mode."""
+    backbone = getattr(model, model.base_model_prefix)
+
+    def states(*lengths: int, begin: int = 0) -> Tensor:
+        place = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+        ids = torch.arange(begin, begin + place.shape[1]).unsqueeze(0) % model.config.vocab_size
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        row = Packed(ids.to(model.device), place.to(model.device), ends.to(model.device), max(lengths))
+        found: Tensor = backbone(**inside(row), use_cache=False).last_hidden_state[0]
+        return found
+
+    try:
+        together, alone = states(5, 4), torch.cat([states(5), states(4, begin=5)])
+    except TypeError:  # it does not take the keyword arguments
+        return False
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
 
 
 def inside(row: Packed) -> dict[str, Any]:

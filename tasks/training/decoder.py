@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.training import decode
+from tasks.training.attention import brings_code
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Layer number, query [N, Hq, D], key and value [N, Hkv, D] -> [N, Hq, D]. It turns query and key, where they turn."""
@@ -163,6 +164,8 @@ def decoder_of(model: Any, length: int) -> Decoder:
     Raises UnsupportedError for families and options that only transformers' own forward knows.
     """
     config = model.config
+    if brings_code(model):
+        raise UnsupportedError("the model brings code, which alone knows its forward")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UnsupportedError("ZeRO-3 holds the policy in parts")
     window = getattr(config, "sliding_window", None)

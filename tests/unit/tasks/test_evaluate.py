@@ -20,6 +20,7 @@ from tasks import evaluate
 from tasks.base import train_tokenizer
 from tasks.compared import comparison
 from tasks.training.job import Job
+from tests.code import bring_code
 from tests.tiny import tiny_llama_for
 
 TEXTS = ["Human: tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
@@ -66,9 +67,10 @@ def data(ours, tmp_path) -> Path:
     return tmp_path
 
 
-def job(stage: str, directory: Path, data: Path, ours, **inputs: Path) -> Job:
+def job(stage: str, directory: Path, data: Path, ours, trusted: tuple[str, ...] = (), **inputs: Path) -> Job:
     directory.mkdir()
     config = {"evaluate": {"prompts": 4, "batch_size": 2, "precision": "fp32"}, "seed": 5, "max_answer_tokens": 10}
+    config["trusted"] = list(trusted)
     roles = {"data": data, "split": data, "tokenizer": ours["policy"], "reward": ours["reward"], **inputs}
     return Job(stage, directory, config, roles, torch.device("cpu"), lambda *_: None, lambda *_: None, lambda: False)
 
@@ -199,3 +201,26 @@ def test_prompts_that_an_ancestor_was_trained_on_are_not_asked(tmp_path, data, o
     knows_all = trained(tmp_path / "knows-all", ours["policy"], 0, 1, 103)
     with pytest.raises(ValueError, match="were trained on every held-out prompt"):
         evaluate.run(job("compare", tmp_path / "none", data, ours, **inputs | {"champion": knows_all}))
+
+
+def test_a_champions_code_runs_only_if_it_is_the_candidates_and_the_config_trusts_that(
+    tmp_path, data, ours, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    candidate, same, other = (copytree(ours["policy"], tmp_path / name) for name in ("candidate", "same", "other"))
+    ran, others = bring_code(candidate, "mine", tmp_path / "ran"), bring_code(other, "mine", tmp_path / "others")
+    bring_code(same, "mine", ran)
+    evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, ("ppo",), sft=ours["policy"], ppo=candidate))
+    ran.unlink()
+
+    def compare(name: str, champion: Path, *trusted: str) -> float:
+        inputs = {"evaluate": tmp_path / "evaluate", "candidate": candidate, "champion": champion}
+        return evaluate.run(job("compare", tmp_path / name, data, ours, trusted, **inputs))["win_rate"]
+
+    for name, champion, trusted in (("a", other, ("candidate", "champion")), ("b", same, ())):
+        with pytest.raises(ValueError, match="names code of its own"):
+            compare(name, champion, *trusted)
+    assert not ran.exists()
+    assert not others.exists()
+    assert compare("c", same, "candidate", "champion") == 0.5
+    assert ran.exists()

@@ -8,25 +8,8 @@ from data_prep.tokenizer import load_tokenizer
 from tasks import base, dag, untrusted
 from tasks.config import parse
 from tasks.training.models import load_policy, load_scalar
+from tests.code import bring_code
 from tests.tiny import tiny_llama_for
-
-CODE = """
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-Path({marker!r}).open("a").write("ran")
-class MineConfig(LlamaConfig):
-    model_type = {kind!r}
-class MineForCausalLM(LlamaForCausalLM):
-    pass
-class MineForSequenceClassification(LlamaForSequenceClassification):
-    pass
-class MineTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-MAP = {
-    "AutoModelForCausalLM": "mine.MineForCausalLM",
-    "AutoModelForSequenceClassification": "mine.MineForSequenceClassification",
-}
 
 
 @pytest.fixture
@@ -65,17 +48,7 @@ def own_model(folder: Path, kind: str, tokenizer_too: bool) -> tuple[Path, Path]
     tokenizer = base.train_tokenizer(iter(["tell me of the red apple", "the pear is green"]), 300)
     LlamaForCausalLM(tiny_llama_for(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    marker = folder.parent / "ran"
-    (folder / "mine.py").write_text(CODE.format(marker=str(marker), kind=kind))
-    config = {} if kind == "llama" else {"AutoConfig": "mine.MineConfig"}
-    changes = {"config.json": {"model_type": kind, "auto_map": MAP | config}}
-    if tokenizer_too:
-        own = {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": [None, "mine.MineTokenizer"]}}
-        changes["tokenizer_config.json"] = own
-    for name, change in changes.items():
-        settings = json.loads((folder / name).read_text()) | change
-        (folder / name).write_text(json.dumps(settings))
-    return folder, marker
+    return folder, bring_code(folder, kind, folder.parent / "ran", tokenizer_too)
 
 
 @pytest.fixture(autouse=True)

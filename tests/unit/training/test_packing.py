@@ -7,11 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+)
 
 from tasks.training import logprobs as logprobs_module
 from tasks.training.attention import FAMILIES, use_packed
 from tasks.training.batches import language_batch, left_padded, pair_batch
+from tasks.training.decoder import UnsupportedError, decoder_of
 from tasks.training.logprobs import scores_from_hidden, token_entropy, token_logprobs
 from tasks.training.models import Policy, ScalarModel
 from tasks.training.packing import best_fit, in_few_shapes
@@ -159,6 +167,39 @@ def test_scores_of_packed_pairs_are_those_of_the_answers_alone():
     texts = [pair["prompt"] + pair[side] for side in ("chosen", "rejected") for pair in pairs]
     alone = torch.cat([model.model(torch.tensor([text])).logits[0] for text in texts])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+class Own(LlamaForCausalLM):
+    """As a model folder's code may define it."""
+
+
+class Leaky(LlamaForCausalLM):
+    """Does not hand on where the samples of a row end."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        whole = self.model.forward
+        self.model.forward = lambda cu_seqlens=None, **inputs: whole(**inputs)
+
+
+class Narrow(LlamaForCausalLM):
+    """Takes no keyword arguments beyond those that it knows."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        whole = self.model.forward
+        self.model.forward = lambda input_ids, attention_mask, position_ids, use_cache: whole(input_ids)
+
+
+def test_a_class_that_a_model_brings_is_asked_whether_it_keeps_samples_apart():
+    config = config_of("llama")
+    config.model_type = "mine"
+    Policy(Own(config).eval())
+    for made in (Leaky, Narrow):
+        with pytest.raises(ValueError, match=f"in {made.__name__}, the code that the model brings, a token"):
+            Policy(made(config_of("llama")).eval())
+    with pytest.raises(UnsupportedError, match="which alone knows its forward"):
+        decoder_of(Own(config_of("llama")), 8)
 
 
 def test_other_model_types_are_refused_by_name():

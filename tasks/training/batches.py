@@ -4,6 +4,7 @@ The order is a function of seed and step alone, so a resumed run needs no more t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -58,13 +59,14 @@ def chunks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 
 def language_batch(rows: Sequence[Mapping[str, Any]], device: torch.device, prompt_loss: bool = False) -> LanguageBatch:
     """Rows with `prompt` and `answer` token ids -> one packed row; its answers are learnt, or all of its tokens."""
-    row = packed([row["prompt"] + row["answer"] for row in rows], device)
-    begins = row.cu_seqlens[:-1].tolist()
+    begins = accumulate(map(language_tokens, rows), initial=0)
     learnt = [
         begin + place
-        for begin, row in zip(begins, rows, strict=True)
+        for begin, row in zip(begins, rows, strict=False)  # the last one begins no row
         for place in (range(1, language_tokens(row)) if prompt_loss else learnt_places(row))
     ]
+    # To the device last: what is copied there waits for the step before.
+    row = packed([row["prompt"] + row["answer"] for row in rows], device)
     return LanguageBatch(row, torch.tensor(learnt, device=device))
 
 

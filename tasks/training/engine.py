@@ -42,8 +42,8 @@ class TrainEngine:
     def optimizer_step(
         self, micro_batches: Sequence[Micro], loss_of: Callable[[Micro], Tensor], denominator: float
     ) -> StepReport:
-        self.accumulate(micro_batches, loss_of, denominator)
-        return self.step()
+        loss = self.accumulate(micro_batches, loss_of, denominator)
+        return self.step()._replace(loss=loss)
 
     @property
     def scales_loss(self) -> bool:
@@ -52,16 +52,23 @@ class TrainEngine:
 
     def accumulate(
         self, micro_batches: Sequence[Micro], loss_of: Callable[[Micro], Tensor], denominator: float
-    ) -> None:
-        """The first half of `optimizer_step`: all gradients, no step yet."""
+    ) -> float:
+        """The first half of `optimizer_step`: all gradients, no step yet. Returns: the loss."""
+        if world_size() > 1:
+            denominator = float(all_sum(torch.tensor(denominator, dtype=torch.float64, device=self.device)))
         # DeepSpeed averages gradients over ranks; a mean over the whole batch needs their sum over its denominator.
-        scale = world_size() / float(all_sum(torch.tensor(denominator, dtype=torch.float64, device=self.device)))
+        scale = world_size() / denominator
+        losses = []
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
+            loss = loss_of(micro_batch)
+            losses.append(loss.detach())
             self.engine.set_gradient_accumulation_boundary(last)
-            self.engine.backward(loss_of(micro_batch) * scale, scale_wrt_gas=False)
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
             if not last:
                 self.engine.step()
+        # Read here: after the step it would wait for the update, during which the next batch can be prepared.
+        return float(all_sum(torch.stack(losses).sum())) / denominator
 
     def overflowed(self) -> bool:
         """Whether a gradient of any rank overflowed, asked between `accumulate` and `step`. All ranks call it."""

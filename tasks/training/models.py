@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tasks.training.attention import inside, use_packed
 from tasks.training.logprobs import TokenScores, scores_from_hidden
-from tasks.training.packing import in_few_shapes
+from tasks.training.packing import in_few_shapes, is_dense
 from tasks.training.types import Packed, Sequences
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,11 +82,15 @@ class ScalarModel(nn.Module):
 def hidden_states(model: PreTrainedModel, sequences: Sequences | Packed, compiled: bool = False) -> Tensor:
     """What the head of a model reads. Returns: [B, T, D], or [1, N, D] of a packed row."""
     backbone = getattr(model, model.base_model_prefix)
+    static = True
     if isinstance(sequences, Packed):
-        inputs = inside(in_few_shapes(sequences) if compiled else sequences)
+        row = in_few_shapes(sequences) if compiled else sequences
+        inputs, static = inside(row), is_dense(row.cu_seqlens, row.max_seqlen, row.input_ids.shape[1])
     else:
         inputs = sequences._asdict()
-    states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+    # Rows of samples of many lengths are compiled for any shape at once, not first for that of the first row.
+    with torch._dynamo.config.patch(assume_static_by_default=static):
+        states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
     return states[:, : sequences.input_ids.shape[1]]
 
 

@@ -55,8 +55,8 @@ def run(job: Job) -> dict[str, Any]:
         chosen, rejected = scores(engine, batch)
         return pairwise_loss(chosen, rejected, batch.weight, config.centering_coef, config.margin)
 
-    def weight_of(batch: PairBatch) -> torch.Tensor:
-        return batch.weight.sum()
+    def weight_of(batch: PairBatch) -> float:
+        return float(batch.weight.sum())
 
     def found() -> dict[str, Any]:
         return evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)

@@ -42,8 +42,8 @@ def run(job: Job) -> dict[str, Any]:
     def loss_of(batch: LanguageBatch) -> torch.Tensor:
         return -engine(batch.row, batch.learnt).logprobs.sum()
 
-    def weight_of(batch: LanguageBatch) -> torch.Tensor:
-        return torch.tensor(len(batch.learnt), device=job.device)
+    def weight_of(batch: LanguageBatch) -> float:
+        return float(len(batch.learnt))
 
     def found() -> dict[str, Any]:
         return evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), job.device, config)

@@ -17,7 +17,7 @@ from tasks.training.batches import check_batch, optimizer_batch
 from tasks.training.job import Job, NotFiniteError, Stopped
 from tasks.training.models import Policy
 from tasks.training.packing import own_rows
-from tasks.training.ranks import all_sum, any_rank, world_size
+from tasks.training.ranks import any_rank, world_size
 from tasks.training.types import Engine, Micro
 
 Rows = Sequence[Mapping[str, Any]]
@@ -52,7 +52,7 @@ def fit(
     collate: Callable[[Rows], Micro],
     tokens_of: Callable[[Mapping[str, Any]], int],
     loss_of: Callable[[Micro], Tensor],
-    weight_of: Callable[[Micro], Tensor],
+    weight_of: Callable[[Micro], float],
     evaluate: Callable[[], Mapping[str, Any]],
     seed: int,
 ) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def fit(
         collate: rows of one micro-batch -> its batch.
         tokens_of: a row -> the tokens that it takes in a micro-batch.
         loss_of: batch -> the sum of its losses, scalar.
-        weight_of: batch -> what that sum is divided by (its tokens, or the weights of its pairs), scalar.
+        weight_of: batch -> what that sum is divided by (its tokens, or the weights of its pairs).
         evaluate: -> metrics of the held-out rows, `loss` among them, the same on all ranks.
 
     Returns: the steps taken, and with `keep_best` the one whose weights are kept. Raises Stopped after a checkpoint
@@ -139,25 +139,16 @@ def _step(
     engine: Engine,
     batches: Sequence[Micro],
     loss_of: Callable[[Micro], Tensor],
-    weight_of: Callable[[Micro], Tensor],
+    weight_of: Callable[[Micro], float],
 ) -> dict[str, float]:
-    losses: list[Tensor] = []
-
-    def loss(batch: Micro) -> Tensor:
-        total = loss_of(batch)
-        losses.append(total.detach())
-        return total
-
-    weight = torch.stack([weight_of(batch) for batch in batches]).sum()
-    report = engine.optimizer_step(batches, loss, float(weight))
-    mean = float(all_sum(torch.stack(losses).sum()) / all_sum(weight))
-    if not math.isfinite(mean):
+    report = engine.optimizer_step(batches, loss_of, sum(weight_of(batch) for batch in batches))
+    if not math.isfinite(report.loss):
         raise NotFiniteError(
-            f"the loss of {job.stage} became {mean}; lower {job.stage}.optimizer.learning_rate, "
+            f"the loss of {job.stage} became {report.loss}; lower {job.stage}.optimizer.learning_rate, "
             "or use precision bf16 or fp32"
         )
     return {
-        f"{job.stage}/loss": mean,
+        f"{job.stage}/loss": report.loss,
         f"{job.stage}/learning_rate": report.learning_rate,
         # fp16: a step that overflowed has no gradient and changed nothing.
         **({f"{job.stage}/skipped": 1.0} if report.skipped else {f"{job.stage}/grad_norm": report.grad_norm}),

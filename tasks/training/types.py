@@ -12,6 +12,7 @@ Token at answer position r was chosen in the state before it, which is position 
 log-probability, value, reward and advantage of that action all stand at index r.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -120,6 +121,8 @@ class StepReport(NamedTuple):
     """Used in this step."""
     skipped: bool = False
     """Whether a gradient overflowed in fp16: nothing was changed but the loss scale, which is lowered."""
+    loss: float = math.nan
+    """That of `Engine.optimizer_step`; NaN of a step that was taken by halves."""
 
 
 class Engine(Protocol):

@@ -29,7 +29,7 @@ from tasks import fit
 from tasks.config import EngineConfig, LoraConfig, PPOConfig
 from tasks.shapes import GIB, GPUS, shape_of
 from tests.bench import ppo
-from tests.bench.process import printed_apart, start_alone
+from tests.bench.process import printed_apart, said, start_alone
 from tests.bench.records import hardware, record
 
 BATCH = 8
@@ -105,7 +105,9 @@ def measured(case: Case, tiny: bool) -> dict[str, float]:
         capped(case.gib)
     size = size_of(case, tiny)
     config = config_of(size)
-    return ppo.measured_steps(size, config, ppo.networks_of(size, config, device), device, size.repeats)
+    networks = ppo.networks_of(size, config, device)
+    said("networks made")
+    return ppo.measured_steps(size, config, networks, device, size.repeats)
 
 
 def main() -> None:

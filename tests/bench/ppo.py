@@ -36,7 +36,7 @@ from tasks.training.job import Job
 from tasks.training.lora import Base, add_adapters
 from tasks.training.models import Policy, ScalarModel
 from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
-from tests.bench.process import start_alone
+from tests.bench.process import said, start_alone
 from tests.bench.records import hardware, last, record
 
 DSCHAT = {"name": "DeepSpeed-Chat", "value": 11.4, "source": "same work on one H100, scoring left out; TRL 1.12: 5.2"}
@@ -222,6 +222,7 @@ def measured_steps(
         metrics.append(ppo.train_on_pool(stage, config, networks, ema, data, state, len(metrics)))
 
     first = clocked(step, device)
+    said(f"first step taken, {first:.1f} s")
     clocked(step, device)
     seconds = statistics.median(clocked(step, device) for _ in range(repeats))
     parts = {

@@ -4,11 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
 
 from tasks.training.engine import start
+
+STARTED = time.monotonic()
 
 
 def start_alone(device: str) -> torch.device:
@@ -41,3 +44,8 @@ def printed_apart(what: str, command: Sequence[str], seconds: int) -> list[str] 
         print(f"{what} failed:\n{errors[-1500:]}", flush=True)
         return None
     return output.splitlines()
+
+
+def said(what: str) -> None:
+    """Tell on stderr where a case is, which `printed_apart` shows of one that is ended at its limit."""
+    print(f"{time.monotonic() - STARTED:6.1f} s after the imports: {what}", file=sys.stderr, flush=True)

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from tasks.training.losses import pairwise_loss
 from tasks.training.models import Policy, ScalarModel, without_dropout
 from tasks.training.reward import scores
 from tasks.training.supervised import own_share
-from tests.bench.process import printed_apart, start_alone
+from tests.bench.process import printed_apart, said, start_alone
 from tests.bench.records import hardware, record
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -133,9 +132,10 @@ def plain_batch(case: Case, rows: Sequence[dict[str, Any]], device: torch.device
 
 
 def run_side(name: str, case: Case, side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per step and tokens of one side, in this process."""
+    """Seconds per step and tokens of one side, in this process. How far it is goes to stderr."""
     device = start_alone("cpu" if options.tiny else "cuda")
     batches = samples(name, case, options)
+    said("samples made")
     shape = yaml.safe_load((SHAPES / f"{'tiny' if options.tiny else case.shape}.yaml").read_text())
     config = without_dropout(AutoConfig.for_model(**shape, pad_token_id=0, num_labels=1))
     auto_class = AutoModelForSequenceClassification if case.pairs else AutoModelForCausalLM
@@ -149,6 +149,7 @@ def run_side(name: str, case: Case, side: str, options: argparse.Namespace) -> d
     )
     wrapped = Plain(model) if side == "plain" else ScalarModel(model) if case.pairs else Policy(model)
     engine = train_engine(wrapped, engine_config, OPTIMIZER, len(batches), device, "engine")
+    said("engine made")
 
     def plain_loss(batch: dict[str, Tensor]) -> Tensor:
         output = engine(**batch)
@@ -173,27 +174,30 @@ def run_side(name: str, case: Case, side: str, options: argparse.Namespace) -> d
         denominator = float(len(rows) if case.pairs else sum(len(batch.learnt) for batch in micro))
         return engine.optimizer_step(micro, our_loss, denominator).grad_norm
 
-    seconds = [clocked(step, batch, device) for batch in batches]
+    warm = [clocked(step, [batch], device) for batch in batches[: case.warmup]]
+    said(f"steps before those that count: {', '.join(f'{seconds:.2f}' for seconds in warm)} s")
+    # No wait between steps: the next batch is prepared while the GPU is at the last update, as in the stages' loop.
+    per_step = clocked(step, batches[case.warmup :], device) / case.steps
     if options.profile:
         profile(step, batches[-1])
     measured = batches[case.warmup :]
     lengths = [length for batch in measured for row in batch for length in lengths_of(case, row)]
     flop = sum(flop_of(config, wrapped, length) for length in lengths) / len(measured)
-    per_step = statistics.median(seconds[case.warmup :])
     tokens = sum(lengths) / len(measured)
     return {
         "mfu": flop / per_step / PEAK,
         "tokens_per_s": tokens / per_step,
         "step_s": per_step,
-        "first_s": seconds[0],
-        "second_s": seconds[1],
+        "first_s": warm[0],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
     }
 
 
-def clocked(step: Any, batch: Any, device: torch.device) -> float:
+def clocked(step: Any, batches: Sequence[Any], device: torch.device) -> float:
+    """Seconds of steps one after the other."""
     began = time.perf_counter()
-    step(batch)
+    for batch in batches:
+        step(batch)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

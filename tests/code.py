@@ -5,7 +5,9 @@ from pathlib import Path
 
 CODE = """
 from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, LlamaPreTrainedModel
+from transformers import PreTrainedTokenizerFast
 Path({marker!r}).open("a").write("ran")
 class MineConfig(LlamaConfig):
     model_type = {kind!r}
@@ -13,6 +15,11 @@ class MineForCausalLM(LlamaForCausalLM):
     config_class = {config}
 class MineForSequenceClassification(LlamaForSequenceClassification):
     config_class = {config}
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)  # Llama's own would ask transformers for a model of this config
+        self.num_labels, self.model = config.num_labels, LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 class MineTokenizer(PreTrainedTokenizerFast):
     pass
 """

@@ -147,14 +147,22 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the keys that its folder had no weights for: all of them match `may_miss`."""
     config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=trusted, **config_changes))
-    model, report = auto_class.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = auto_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        raise ValueError(
+            f"neither transformers nor {folder} has an {auto_class.__name__} of type {config.model_type}; add it "
+            "to its code and its auto_map, or take another model (models.reward for reward model and critic)"
+        ) from None
     missing = [key for key in report["missing_keys"] if not _matches(key, may_miss)]
     left_over = [key for key in report["unexpected_keys"] if not _matches(key, may_be_left)]
     if missing or left_over or report["mismatched_keys"]:

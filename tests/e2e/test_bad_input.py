@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from tasks import tracking
 from tasks.base import PAD, train_tokenizer
 from tests.api import ask
+from tests.code import bring_code
 from tests.tiny import tiny_llama_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -17,19 +20,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 TEXTS = ["tell me of the red apple", "the apple is red and the pear is green"]
 
 
+def saved(folder: Path, tokenizer: Any) -> Path:
+    LlamaForCausalLM(tiny_llama_for(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A base model with pad = eos and no spare token, as many published ones are."""
     tokenizer = train_tokenizer(iter(TEXTS), 300)
     tokenizer.pad_token = tokenizer.eos_token
-    LlamaForCausalLM(tiny_llama_for(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    folder = saved(tmp_path / "model", tokenizer)
     # The pad token that our own tokenizers have becomes an ordinary one, so that none is to spare.
-    path = tmp_path / "model" / "tokenizer.json"
+    path = folder / "tokenizer.json"
     tree = json.loads(path.read_text().replace(PAD, "<|plain|>"))
     tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] != "<|plain|>"]
     path.write_text(json.dumps(tree))
-    return tmp_path / "model"
+    return folder
 
 
 @pytest.fixture
@@ -66,10 +74,32 @@ def test_tokenizer_and_model_that_name_different_eos(run: Callable[..., Any], mo
     refused(ended, "The tokenizer ends answers with '<|end|>' (id 1), the model with 7: make eos_token_id the same")
 
 
-def test_a_model_folder_without_weights(run: Callable[..., Any], model: Path) -> None:
-    (model / "model.safetensors").unlink()
-    ended = run(f"models.policy={model}")
-    refused(ended, "holds no weights in safetensors format; save the model again in it")
+@pytest.mark.timeout(900)
+def test_code_of_a_model_runs_from_base_to_champion_only_where_the_config_says_so(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = saved(tmp_path / "model", train_tokenizer(iter(TEXTS), 300))
+    ran = bring_code(model, "mine", tmp_path / "ran", tokenizer_too=True)
+    refused(run(f"models.policy={model}"), "names code of its own (auto_map), which runs only where a config says so")
+    assert not ran.exists()
+
+    store = tracking.open_store(tmp_path / "workspace")  # a champion with the same code serves
+    copytree(model, tmp_path / "served" / "model")
+    tracking.register_version(store, "tiny-policy", tmp_path / "served", None, {"digest": "d"})
+    tracking.set_alias(store, "tiny-policy", tracking.CHAMPION, 1)
+    no_gold = "data.phases=[2, 4, 4]"  # for time
+    ended = run(f"models.policy={model}", "models.policy_trust_remote_code=true", no_gold)
+    assert ended.code == 0, ended.output
+    assert ended.left == []
+    champion = tracking.alias(store, "tiny-policy", tracking.CHAMPION)
+    assert champion is not None
+    assert champion.version == 2
+    for stage in ("sft", "reward", "ppo"):
+        (code,) = (tmp_path / "workspace" / stage).glob("*/model/mine.py")
+        assert code.read_text() == (model / "mine.py").read_text(), stage
+    processes = len(ran.read_text()) // len("ran")
+    assert processes >= len(("base", "tokenise", "sft", "reward", "ppo", "evaluate", "compare"))
 
 
 def test_pad_that_is_eos_gets_a_token_of_its_own(

@@ -88,6 +88,16 @@ def test_code_of_a_named_model_runs_and_goes_along_with_what_the_model_becomes(t
     assert untrusted.code(tmp_path / "sft") != untrusted.code(folder)
 
 
+def test_code_without_a_reward_model_is_one_sentence(tmp_path: Path) -> None:
+    folder, _ = own_model(tmp_path / "own", "mine", tokenizer_too=False)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["auto_map"]["AutoModelForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert load_policy(folder, trusted=True).model.config.model_type == "mine"
+    with pytest.raises(ValueError, match="has an AutoModelForSequenceClassification of type mine; add it to its code"):
+        load_scalar(folder, 0, new_head_seed=0, trusted=True)
+
+
 def test_code_of_another_repository_is_refused_of_a_named_model_too(tmp_path: Path) -> None:
     folder, _ = own_model(tmp_path / "own", "mine", tokenizer_too=False)
     settings = json.loads((folder / "config.json").read_text())

@@ -5,8 +5,9 @@ layer, with whatever the caller of the model passed on: `cu_seqlens` and `max_se
 them), nothing for a padded batch, which goes to transformers' SDPA with its masks. The name is registered for masks as
 well: a name that is not gets no mask at all, and padding would be attended to.
 
-On CUDA in half precision this is `torch.nn.attention.varlen` (Flash Attention; Dao 2023); elsewhere each sample becomes
-a row of a padded SDPA, which is as exact: a real token never attends to the padding on its right.
+On CUDA in half precision this is `torch.nn.attention.varlen` (Flash Attention; Dao 2023), or cuDNN's where that is
+faster; elsewhere each sample becomes a row of a padded SDPA, which is as exact: a real token never attends to the
+padding on its right.
 """
 
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tasks.training.attention_cudnn import HEAD_SIZES, dense_attention, is_fast
+from tasks.training.packing import is_dense
 from tasks.training.types import Packed
 
 PACKED = "packed"
@@ -73,13 +76,18 @@ def _keeps_apart(model: PreTrainedModel) -> bool:
 
 def inside(row: Packed) -> dict[str, Any]:
     """The keyword arguments by which a transformers model reads a packed row."""
+    device, tokens = row.input_ids.device, row.input_ids.shape[1]
+    # cuDNN plans anew for each shape, so only for lengths of which there are few.
+    even = row.max_seqlen % 128 == 0 and is_dense(row.cu_seqlens, row.max_seqlen, tokens)
     return {
         "input_ids": row.input_ids,
         "position_ids": row.position_ids,
         # A mask of four dimensions counts as prepared, and nothing of size [N, N] is made; it is not read.
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.input_ids.device),
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
         "cu_seqlens": row.cu_seqlens,
         "max_seqlen": row.max_seqlen,
+        # Decided here, since compiled layers cannot ask.
+        "by_cudnn": even and is_fast(device),
     }
 
 
@@ -93,6 +101,7 @@ def packed_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     sliding_window: int | None = None,
+    by_cudnn: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention as transformers calls it.
@@ -100,6 +109,7 @@ def packed_attention(
     Args:
         query: [B, heads, T, D]; key and value: [B, key heads, T, D]. B = 1 with `cu_seqlens`.
         cu_seqlens: [S + 1] int32, see `Packed`; None: a padded batch with its `attention_mask`.
+        by_cudnn: whether cuDNN can be asked for it; all samples then have `max_seqlen` tokens.
         sliding_window: a token sees itself and so many less one before it; None: all before it.
 
     Returns: [B, T, heads, D], and no attention weights.
@@ -108,7 +118,12 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return output, None
     key, value = (_all_heads(heads, query.shape[1]) for heads in (key, value))
-    if query.is_cuda and query.dtype != torch.float32:
+    whole = sliding_window is None or sliding_window >= max_seqlen
+    if by_cudnn and whole and query.dtype != torch.float32 and query.shape[-1] in HEAD_SIZES:
+        query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = dense_attention(query, key, value, len(cu_seqlens) - 1, scale)
+    elif query.is_cuda and query.dtype != torch.float32:
         left = -1 if sliding_window is None else sliding_window - 1
         query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
         output = varlen_attn(

@@ -199,6 +199,10 @@ def train_engine(
         lr_scheduler=schedule,
         config=_deepspeed_config(config, gradient_clipping=optimizer.max_grad_norm),
     )
+    if world_size() == 1:
+        from tasks.training.one_rank import take_over
+
+        take_over(engine, config.compile_layers)
     _announce_head(model)
     engine.train()
     return TrainEngine(engine, device)

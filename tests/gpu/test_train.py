@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.config import EngineConfig, OptimizerConfig
+from tasks.training.attention import inside
 from tasks.training.batches import language_batch, language_tokens
-from tasks.training.engine import start, train_engine
+from tasks.training.engine import _compile_layers, start, train_engine
 from tasks.training.models import Policy
 from tasks.training.packing import best_fit
 
@@ -78,6 +79,31 @@ def test_varlen_attention_gives_the_logprobs_and_gradients_of_fp32_samples(devic
     (found.mean() * 128).backward()
     error = (found.cpu() - exact).abs()
     assert error.mean() < TOLERANCE[dtype]
+    wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    got = torch.cat([p.grad.flatten() for p in mine.parameters()]).cpu().float() / 128
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_samples_of_one_length_give_the_logprobs_and_gradients_of_fp32(device, compiled, dtype):
+    """By cuDNN's attention on Hopper."""
+    policy = Policy(model_of("llama"))
+    draw = torch.Generator().manual_seed(1)
+    samples = [{"prompt": [3], "answer": torch.randint(3, 500, (127,), generator=draw).tolist()} for _ in range(8)]
+    batch = language_batch(samples, torch.device("cpu"))
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = policy(batch.row, batch.learnt).logprobs
+        exact.mean().backward()
+    mine = copy.deepcopy(policy).to(device, dtype)
+    mine.zero_grad()
+    if compiled:
+        _compile_layers(mine)
+    batch = language_batch(samples, device)
+    assert inside(batch.row)["by_cudnn"] == (torch.cuda.get_device_capability()[0] == 9)
+    found = mine(batch.row, batch.learnt).logprobs
+    (found.mean() * 128).backward()
+    assert (found.cpu() - exact).abs().mean() < TOLERANCE[dtype]
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
     got = torch.cat([p.grad.flatten() for p in mine.parameters()]).cpu().float() / 128
     assert torch.nn.functional.cosine_similarity(got, wanted, dim=0) > 0.995

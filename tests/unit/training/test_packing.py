@@ -18,6 +18,7 @@ from transformers import (
 
 from tasks.training import logprobs as logprobs_module
 from tasks.training.attention import FAMILIES, use_packed
+from tasks.training.attention_cudnn import dense_attention
 from tasks.training.batches import language_batch, left_padded, pair_batch
 from tasks.training.decoder import UnsupportedError, decoder_of
 from tasks.training.logprobs import scores_from_hidden, token_entropy, token_logprobs
@@ -115,6 +116,42 @@ def test_packed_gives_the_same_with_gradient_checkpointing(policy):
     policy(batch.row, batch.learnt).logprobs.sum().backward()
     for parameter, expected in zip(policy.parameters(), plain, strict=True):
         assert (parameter.grad is None and expected is None) or torch.equal(parameter.grad, expected)
+
+
+def test_the_operator_around_cudnns_attention_is_causal_attention_in_each_part_of_a_row():
+    """cuDNN's kernels replaced by the same in plain torch: the layouts, the gradients, and what compilation is told."""
+
+    def shares(query: Tensor, key: Tensor, scale: float) -> Tensor:
+        later = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).triu(1)
+        return (query @ key.mT * scale).masked_fill(later, -torch.inf).softmax(-1)
+
+    def forward(query, key, value, bias, keeps_sums, dropout, causal, debug=False, *, scale):
+        assert (bias, keeps_sums, dropout, causal, debug) == (None, True, 0.0, True, False)
+        none, number = torch.empty(0), torch.zeros((), dtype=torch.int64)
+        output = shares(query, key, scale) @ value
+        sums = output.new_zeros(*query.shape[:3], 1, dtype=torch.float32)
+        return output, sums, none, none, query.shape[2], key.shape[2], number, number.clone(), none
+
+    def backward(gradient, query, key, value, output, sums, seed, offset, *others, scale):
+        assert others == (None, None, None, query.shape[2], key.shape[2], 0.0, True)
+        seen = shares(query, key, scale)
+        inner = gradient @ value.mT - (gradient * output).sum(-1, keepdim=True)
+        scores = seen * inner * scale
+        return scores @ key, scores.mT @ query, seen.mT @ gradient
+
+    draw = torch.Generator().manual_seed(0)
+    row = [torch.randn(12, 2, 8, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    batch = [heads.unflatten(0, (3, 4)).transpose(1, 2) for heads in row]
+    exact = torch.nn.functional.scaled_dot_product_attention(*batch, is_causal=True, scale=0.3).transpose(1, 2)
+    exact = exact.flatten(0, 1)
+    expected = torch.autograd.grad(exact.sin().sum(), row)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_scaled_dot_product_cudnn_attention", forward, "CPU")
+        library.impl("_scaled_dot_product_cudnn_attention_backward", backward, "CPU")
+        found = dense_attention(*row, 3, 0.3)
+        torch.testing.assert_close(found, exact)
+        torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), row), expected)
+        torch.library.opcheck(torch.ops.rlhf.dense_attention.default, (*row, 3, 0.3))
 
 
 @torch.no_grad()

@@ -1,29 +1,45 @@
 """bf16 by DeepSpeed stays on the path of fp32, whatever the ZeRO stage and the micro-batches."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.batches import right_padded
-from tasks.training.engine import train_engine
+from tasks.training.engine import TrainEngine, train_engine
 from tasks.training.models import Policy
+from tasks.training.types import StepReport
 from tests.tiny import tiny_llama
 
 TEXT = [[3 + (row * place) % 40 for place in range(1, 9)] for row in range(1, 9)]
 
 
-def norms(device, micro_batch: int, **settings) -> list[float]:
-    """Gradient norms of three optimizer steps on the same text."""
+def engine_of(device, **settings) -> TrainEngine:
     torch.manual_seed(0)
     policy = Policy(LlamaForCausalLM(tiny_llama(50, initializer_range=0.2)))
-    engine = train_engine(policy, EngineConfig(**settings), OptimizerConfig(learning_rate=1e-2), 10, device, "test")
-    batches = [right_padded(TEXT[row : row + micro_batch], 0, device) for row in range(0, 8, micro_batch)]
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_ratio=0.0)
+    return train_engine(policy, EngineConfig(**settings), optimizer, 10, device, "test")
+
+
+def steps(engine: TrainEngine, micro_batch: int, count: int = 3) -> list[StepReport]:
+    """Optimizer steps on the same text."""
+    batches = [right_padded(TEXT[row : row + micro_batch], 0, engine.device) for row in range(0, 8, micro_batch)]
 
     def loss_of(part):
         return -engine(part, 1).logprobs.sum()
 
-    return [engine.optimizer_step(batches, loss_of, 56.0).grad_norm for _ in range(3)]
+    return [engine.optimizer_step(batches, loss_of, 56.0) for _ in range(count)]
+
+
+def norms(device, micro_batch: int, **settings) -> list[float]:
+    return [report.grad_norm for report in steps(engine_of(device, **settings), micro_batch)]
+
+
+def weights(engine: TrainEngine) -> Tensor:
+    return torch.cat([part.detach() for part in engine.engine.optimizer.fp32_groups_flat_partition])
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +51,57 @@ def expected(one_rank) -> list[float]:
 @pytest.mark.parametrize("micro_batch", [8, 1])
 def test_bf16_steps_as_fp32_does(one_rank, expected, stage, micro_batch):
     assert norms(one_rank, micro_batch, precision="bf16", zero_stage=stage) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 4])
+def test_fewer_passes_take_deepspeeds_own_steps(one_rank, monkeypatch, micro_batch):
+    ours = engine_of(one_rank, precision="bf16")
+    assert type(ours.engine.optimizer).__name__ == "OneRankOptimizer"
+    monkeypatch.setattr("tasks.training.one_rank.take_over", lambda *arguments: None)
+    theirs = engine_of(one_rank, precision="bf16", deepspeed={"communication_data_type": "fp32"})
+    found, expected = steps(ours, micro_batch), steps(theirs, micro_batch)
+    assert min(report.grad_norm for report in expected) > 1  # all of them are clipped
+    assert [report.loss for report in found] == [report.loss for report in expected]
+    assert [report.grad_norm for report in found] == pytest.approx([report.grad_norm for report in expected])
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(one_rank):
+    engine = engine_of(one_rank, precision="bf16")
+    before = weights(engine).clone()
+    report = engine.optimizer_step(
+        [right_padded(TEXT, 0, one_rank)], lambda part: engine(part, 1).logprobs.sum() * torch.inf, 1.0
+    )
+    assert report.skipped
+    assert torch.equal(weights(engine), before)
+    assert not steps(engine, 8, 1)[0].skipped  # nothing of it is left
+
+
+def test_bf16_resumes_bit_for_bit(one_rank, tmp_path: Path):
+    whole, half = (engine_of(one_rank, precision="bf16") for _ in range(2))
+    steps(whole, 4, 4)
+    steps(half, 4, 2)
+    half.save(tmp_path)
+    resumed = engine_of(one_rank, precision="bf16")
+    resumed.load(tmp_path)
+    steps(resumed, 4, 2)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_adam_in_one_pass_is_torchs(one_rank):
+    from tasks.training.one_rank import adam, factors_of  # imports DeepSpeed, once `one_rank` has set it up
+
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(1000, generator=draw)
+    gradients = [torch.randn(1000, generator=draw) for _ in range(4)]
+    parameter = torch.nn.Parameter(start.clone())
+    group = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    reference = torch.optim.AdamW([parameter], **group)
+    master, mean, square, weights = start.clone(), torch.zeros(1000), torch.zeros(1000), start.bfloat16()
+    for step, gradient in enumerate(gradients, 1):
+        parameter.grad = gradient / 4
+        reference.step()
+        factors = factors_of(group, step, 0.25)
+        adam(master, mean, square, gradient, weights, torch.tensor(factors), 0.9, 0.95, 1e-8)
+    torch.testing.assert_close(master, parameter.detach(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(weights, master.bfloat16())

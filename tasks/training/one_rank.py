@@ -2,9 +2,9 @@
 
 DeepSpeed casts each gradient to fp32, adds it to zeros, casts the sum to bf16 and back for a reduction over ranks,
 scales it by 1 / ranks and by the clipping, sums its squares, lets Adam read it, and sets it to zero twice: 88 bytes of
-traffic a parameter and step, as much time as a seventh of the products of a 1.7B. On one rank there is no one to
-reduce with, the first gradient can overwrite the last step's, and Adam can clip as it reads and write the bf16 weights
-as it writes the master weights: 40 bytes. What is saved in checkpoints stays DeepSpeed's.
+traffic a parameter and step. On one rank there is no one to reduce with, the first gradient can overwrite the last
+step's, and Adam can clip as it reads and write the bf16 weights as it writes the master weights: 40 bytes. What is
+saved in checkpoints stays DeepSpeed's.
 """
 
 import math

@@ -10,7 +10,6 @@ the same model gives the same answers in both. A champion may have a tokenizer a
 in its own words, and judged by the text of its answers.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tasks import untrusted
 from tasks.compared import PROXY, SCORERS, comparison, measured
 from tasks.config import EvaluateConfig
 from tasks.diversity import repetition
+from tasks.json_lines import read_rows, write_rows
 from tasks.training import sampling
 from tasks.training.batches import at, chunks, right_padded
 from tasks.training.job import Job
@@ -59,7 +59,7 @@ def run(job: Job) -> dict[str, Any]:
         if role in job.inputs
     }
     if job.stage == "compare":
-        ours = [json.loads(line) for line in (job.inputs["evaluate"] / ANSWERS).read_text().splitlines()]
+        ours = read_rows(job.inputs["evaluate"] / ANSWERS)
         rows = [{"prompt": row["prompt"], "source": row["source"], **_only(row, "ppo")} for row in ours]
         champion = load_tokenizer(job.inputs["champion"], _trusts(job, "champion"))
         names = {"champion": tokenizer if same_tokens(champion, tokenizer) else champion}
@@ -220,7 +220,7 @@ def along_ppo(job: Job, config: EvaluateConfig, panel: Panel) -> list[dict[str, 
     The reward model's scores are those that PPO itself went by; what it was not to see scores the answers now.
     """
     path = job.inputs["ppo"].parent / SAMPLES
-    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    kept = read_rows(path) if path.is_file() else []
     later = {role: model for role, model in panel.scorers.items() if role != PROXY}
     for part in chunks(kept, config.batch_size):
         whole = right_padded([row["prompt"] + row["answer"] for row in part], panel.tokenizer.pad_token_id, job.device)
@@ -276,10 +276,6 @@ class Told:
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """What a person reads of a prompt's token ids."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _trusts(job: Job, name: str) -> bool:

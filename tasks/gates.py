@@ -7,7 +7,6 @@ Win rates are judged by the gold reward model where the run has one: a candidate
 reward model, the champion was not, so that this one would favour the candidate for its errors.
 """
 
-import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tasks.compared import GOLD, PROXY, column_of, longer_by, scores, win_gap
+from tasks.json_lines import read_rows
 from tasks.paired import Estimate, estimate, length_controlled, wins
 from tasks.sentences import MEASURES, Comparison, parse
 from tasks.stages import StageRef
@@ -100,17 +100,17 @@ class GateResult:
 Of = Callable[[Evidence, str | None], Estimate]
 
 
-def answers(directory: Path, file: str = "answers.jsonl") -> list[Row]:
+def answers(directory: Path, file: str = "answers.jsonl") -> Sequence[Row]:
     """The answers that `evaluate` or `compare` left in its directory, a row per prompt."""
-    return [json.loads(line) for line in (directory / file).read_text(encoding="utf-8").splitlines()]
+    return read_rows(directory / file)
 
 
-def verdicts(asked: StageRef | None) -> list[Row]:
+def verdicts(asked: StageRef | None) -> Sequence[Row]:
     """What a judge behind an API said, a row per pair; nothing where none was asked."""
     return answers(asked.directory, "verdicts.jsonl") if asked is not None else []
 
 
-def texts(directory: Path) -> list[Row]:
+def texts(directory: Path) -> Sequence[Row]:
     """The losses on unsupervised text that `evaluate` left in its directory, a row per chunk."""
     return answers(directory, "texts.jsonl")
 

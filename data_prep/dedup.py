@@ -14,7 +14,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from datasketch import MinHash
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -111,6 +110,8 @@ def _compared(
 
 @cache
 def _permutations() -> NDArray[np.uint32]:
+    from datasketch import MinHash  # takes half a second, which those who only count rows need not wait
+
     return np.asarray(MinHash(num_perm=PERMUTATIONS, seed=1).permutations)
 
 

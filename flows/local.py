@@ -43,7 +43,7 @@ class PrefectServer:
         self._own: servers.Server | None = None
         self._url = configured_url() or servers.running_prefect_server(state_dir())
         if self._url is None:
-            self._own = servers.prefect_server(log=logs / "prefect-server.log")
+            self._own = servers.prefect_server(log=logs / "prefect-server.log", blocks=False)
             self._url = self._own.url
         os.environ[API_URL] = self._url  # Prefect reads it at import
         os.environ.setdefault("DO_NOT_TRACK", "1")

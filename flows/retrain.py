@@ -11,9 +11,10 @@ from datetime import datetime
 from pathlib import Path
 
 import yaml
-from prefect import flow, get_run_logger, tags
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.context import TagsContext
 from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.states import Completed
@@ -29,7 +30,6 @@ from tasks import (
     dag,
     evaluation_report,
     events,
-    figures,
     gates,
     headlines,
     lineage,
@@ -138,7 +138,8 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
         run_id = tracking.start_run(store, config, origin, name)
     outcome = Outcome()
     try:
-        with witnessed(), tags(config.name), prune.in_use(workspace):
+        # The run's tag is for finding runs: every task that bears one asks the server for a slot of its limit.
+        with witnessed(), TagsContext(current_tags=set()), prune.in_use(workspace):
             run = open_run(config, choice, run_id)
             if waiting is not None:
                 _decide(run, outcome, waiting)
@@ -289,11 +290,9 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
         create_table_artifact(evaluation_report.win_rates(outcome.refs), key="win-rates", description=said)
         by_source = evaluation_report.per_source(outcome.refs)
         create_table_artifact(by_source, key="win-rates-by-source", description="Win rates per source")
-    trained = {key: outcome.refs[key] for key in report.DRAWN if key in outcome.refs}
-    if not all(ref.cached for ref in trained.values()):  # else an earlier run has the same picture
-        picture = figures.curves({key: ref.directory for key, ref in trained.items()})
-        if picture:
-            create_image_artifact(page.embedded(picture), key="curves", description="Reward, KL and losses")
+    trained = [outcome.refs[key] for key in report.DRAWN if key in outcome.refs]
+    if summary.curves and not all(ref.cached for ref in trained):  # else an earlier run has the same picture
+        create_image_artifact(page.embedded(summary.curves), key="curves", description="Reward, KL and losses")
     if "ppo" in outcome.refs:
         _lineage_artifacts(run, outcome.refs["ppo"])
     where = f"[{summary.flow_run}]({summary.run_url})" if summary.run_url else tracking.how_to_open(run.store)

@@ -26,6 +26,10 @@ from infra.owned import OwnedProcess
 
 HOST = "127.0.0.1"
 STATE_FILE = "prefect-server.json"
+WITHOUT_BLOCKS = {
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",  # the memory of it loads every integration, to compare
+}
 STOP_SECONDS = 5.0  # open browser tabs hold connections, for which a server would wait longer
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy for the internet cannot reach 127.0.0.1
 
@@ -101,10 +105,11 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
 
 
-def prefect_server(*, log: Path, port: int | None = None) -> Server:
+def prefect_server(*, log: Path, port: int | None = None, blocks: bool = True) -> Server:
     """Starts a Prefect server on the database of PREFECT_HOME; its `url` is the API's.
 
-    The UI is at the same address without `/api`. A setting that the environment makes wins over ours.
+    The UI is at the same address without `/api`. A setting that the environment makes wins over ours. Without `blocks`
+    it boots a second faster, and leaves it to the next server to enter Prefect's own block types into the database.
     """
     port = port or free_port()
     env = {
@@ -114,6 +119,7 @@ def prefect_server(*, log: Path, port: int | None = None) -> Server:
             PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
             PREFECT_UI_URL=f"http://{HOST}:{port}",  # what notifications link to
         ),
+        **({} if blocks else WITHOUT_BLOCKS),
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     return Server("Prefect", command, env, port=port, paths=("/api", "/api/health"), log=log)

@@ -42,10 +42,20 @@ def champion_below_gate(name: str, version: int, missed: Sequence[GateResult]) -
     _emit(BELOW_GATE, name, {"version": version, "reason": reason})
 
 
+def root_run() -> str:
+    """The id of this flow run, or of the one that its subflow belongs to; nothing outside of a run."""
+    return _root(str(flow_run.id)) if flow_run.id else ""
+
+
+@lru_cache
+def _root(run_id: str) -> str:
+    return str(flow_run.root_flow_run_id)  # three requests to the server, in a subflow
+
+
 def sender() -> str:
     """The id of the deployment that this run is of, also in its subflows; NOWHERE for a run of no deployment."""
-    run_id = flow_run.root_flow_run_id
-    return _deployment(UUID(str(run_id))) if run_id else NOWHERE
+    run_id = root_run()
+    return _deployment(UUID(run_id)) if run_id else NOWHERE
 
 
 @lru_cache

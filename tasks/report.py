@@ -6,6 +6,7 @@ Everything in it comes from the run's stage directories: their manifests, answer
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class RunSummary:
     memory: Mapping[str, str] = field(default_factory=dict)
     """Stage -> its peak on the GPU as measured and as predicted."""
 
+    @cached_property
+    def curves(self) -> bytes | None:
+        """The curves of its training stages as a PNG, which takes a second to draw; None where there are none."""
+        return figures.curves({key: self.refs[key].directory for key in DRAWN if key in self.refs})
+
 
 def write(path: Path, run: RunSummary) -> Path:
     """Write the report. Returns its path."""
@@ -71,7 +77,6 @@ def write(path: Path, run: RunSummary) -> Path:
 def render(run: RunSummary) -> str:
     """The report as HTML."""
     refs = run.refs
-    image = figures.curves({key: refs[key].directory for key in DRAWN if key in refs})
     return page.render(
         "run.html",
         run=run,
@@ -85,7 +90,7 @@ def render(run: RunSummary) -> str:
         comparison=evaluation_report.comparison(metrics_of(refs, "evaluate")),
         evaluate=metrics_of(refs, "evaluate"),
         reward_models=[(name, metrics) for name in REWARD_MODELS if (metrics := metrics_of(refs, REWARD_MODELS[name]))],
-        curves=image,
+        curves=run.curves,
         samples=_samples(refs, run.samples),
         lineage=lineage(refs),
         code=code(refs),

@@ -21,7 +21,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run, task_run
+from prefect.runtime import task_run
 from prefect.states import Completed
 
 from infra.gpu import GpuInfrastructure, resolve
@@ -68,7 +68,7 @@ class Run:
 def open_run(config: RunConfig, choice: Choice, run_id: str) -> Run:
     """The run that an MLflow run belongs to."""
     store = tracking.open_store(dag.workspace(config))
-    origin = {"flow_run_id": str(flow_run.root_flow_run_id or ""), "mlflow_run": run_id}
+    origin = {"flow_run_id": events.root_run(), "mlflow_run": run_id}
     return Run(config, choice, store, run_id, infrastructure(config), origin)
 
 

@@ -4,8 +4,9 @@ It may end early (`until`), begin late (`from_stage`) or make one stage anew (`f
 finished is never made again. What the run came to is written to a report.
 """
 
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -81,6 +82,15 @@ class Outcome:
         self.refs: Refs = {}
         self.registration: Registration | None = None
         self.verdict: Verdict | None = None
+        self.seconds: dict[str, float] = {}
+        """Of the steps that leave no stage directory."""
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """The block is this step, or a part of it."""
+        began = time.monotonic()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - began
 
 
 def _run_name() -> str:
@@ -182,7 +192,8 @@ def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
     if "verdicts" in run.graph:
         refs["verdicts"] = train.verdicts(run, refs, return_state=True).result()
         yield
-    outcome.registration = register_models(run.store, run.config, refs, run.run_id, return_state=True).result()
+    with outcome.timed("register"):
+        outcome.registration = register_models(run.store, run.config, refs, run.run_id, return_state=True).result()
     if run.choice.until == "register":
         return
     judgement = _judged(run, outcome.registration, refs)
@@ -194,9 +205,10 @@ def _decide(run: Run, outcome: Outcome, waiting: Waiting) -> None:
     made, judgement = waiting.registration, waiting.judgement
     outcome.refs, outcome.registration = dict(waiting.refs), made
     said = consent(run, waiting)
-    outcome.verdict = promotion(
-        made.policy, made.policy_version, str(dag.workspace(run.config)), judgement, consent=said
-    )
+    with outcome.timed("promote"):
+        outcome.verdict = promotion(
+            made.policy, made.policy_version, str(dag.workspace(run.config)), judgement, consent=said
+        )
 
 
 def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
@@ -261,9 +273,10 @@ def _last_rows(outcome: Outcome) -> list[StepRow]:
     lines = []
     if made := outcome.registration:
         metric = ", ".join(f"{name} {number}" for name, number in made.versions.items())
-        lines.append(StepRow("register", 0.0, made.cached, metric))
+        lines.append(StepRow("register", outcome.seconds.get("register", 0.0), made.cached, metric))
     if outcome.verdict:
-        lines.append(StepRow("promote", 0.0, False, "promoted" if outcome.verdict.promoted else "champion unchanged"))
+        metric = "promoted" if outcome.verdict.promoted else "champion unchanged"
+        lines.append(StepRow("promote", outcome.seconds["promote"], False, metric))
     return lines
 
 
@@ -279,9 +292,7 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
     """What Prefect shows of the whole run: the steps, the comparison, the curves, the way to MLflow."""
     create_table_artifact([_table_line(row) for row in rows], key="steps", description=summary.verdict)
     if "evaluate" in outcome.refs:
-        columns = ("", "SFT", "PPO", "difference")
-        lines = evaluation_report.comparison(outcome.refs["evaluate"].metrics)
-        table = [dict(zip(columns, line, strict=True)) for line in lines]
+        table = evaluation_report.comparison(outcome.refs)
         create_table_artifact(table, key="metrics", description="PPO against SFT")
         said = (
             evaluation_report.hacking(outcome.refs["evaluate"].metrics)
@@ -296,7 +307,8 @@ def _artifacts(run: Run, outcome: Outcome, rows: list[StepRow], summary: report.
     if "ppo" in outcome.refs:
         _lineage_artifacts(run, outcome.refs["ppo"])
     where = f"[{summary.flow_run}]({summary.run_url})" if summary.run_url else tracking.how_to_open(run.store)
-    text = f"MLflow run `{run.run_id}`: {where}\n\nReport: `{path}`\n"
+    kept = f", [in MLflow]({summary.run_url}/artifacts/{path.name})" if summary.run_url else ""
+    text = f"MLflow run `{run.run_id}`: {where}\n\nReport: `{path}`{kept}\n"
     create_markdown_artifact(text, key="mlflow", description="The run in MLflow")
 
 

@@ -38,7 +38,7 @@ def comparison(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
 
     Returns win rates (ties count half), the same at equal length, gains in standard deviations of the second's scores,
     each with its 95 % interval as `_low` and `_high`; with both scorers also `win_rate_gap` and `gain_gap`, proxy minus
-    gold; `per_source` with prompts and win rates.
+    gold; `per_source`.
     """
     found: dict[str, Any] = {"prompts": len(rows)}
     for scorer in scorers(rows, first):
@@ -54,14 +54,19 @@ def comparison(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
 
 
 def per_source(rows: Sequence[Row], first: str, second: str) -> dict[str, dict[str, Any]]:
-    """Source -> prompts, and win rates by each scorer with their intervals."""
+    """Source -> prompts, the figures of `comparison` but the gains, and what was `measured` of the first's answers."""
     found: dict[str, dict[str, Any]] = {}
     for source in sorted({row["source"] for row in rows}):
         part = [row for row in rows if row["source"] == source]
         found[source] = {"prompts": len(part)}
         for scorer in scorers(rows, first):
-            won = wins(*scores(part, first, second, scorer))
-            found[source] |= _named(f"{SCORERS[scorer]}win_rate", estimate(won))
+            prefix, won = SCORERS[scorer], wins(*scores(part, first, second, scorer))
+            found[source] |= _named(f"{prefix}win_rate", estimate(won))
+            controlled = length_controlled(won, longer_by(part, first, second))
+            found[source] |= _named(f"{prefix}length_controlled_win_rate", controlled)
+        if "gold_win_rate" in found[source]:
+            found[source] |= _named("win_rate_gap", estimate(win_gap(part, first, second)))
+        found[source] |= measured(part, first)
     return found
 
 

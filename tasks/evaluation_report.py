@@ -32,7 +32,9 @@ CONTESTS = (
 ASKED = {("evaluate", ""): "verdicts", ("compare", ""): "verdicts-compare"}
 """Contest -> where a judge behind an API said what it thinks of it."""
 """Stage, how its figures begin, what it is called."""
-LABELS = {"sft": "SFT", "ppo": "PPO", "champion": "Champion"}
+LABELS = {"sft": "SFT", "ppo": "PPO", "ema": "Moving average", "champion": "Champion"}
+OF_SOURCES = ("kl", "tokens", "eos_rate", "repetition", "distinct_2")
+"""What is shown of the first model's answers to the prompts of each source."""
 
 
 def win_rates(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
@@ -55,11 +57,16 @@ def _by_api(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
-    """The same, without lengths, per contest and source."""
+    """The same per contest and source, and what the first model's answers are like."""
+    titles = {measure: (title, digits) for measure, title, digits in MEASURES}
     found = []
     for stage, begins, label in CONTESTS:
+        first = begins.removesuffix("_") or "ppo"
         for source, metrics in metrics_of(refs, stage).get(f"{begins}per_source", {}).items():
             line = {"contest": label, "source": source} | _line(metrics, "") | {"prompts": f"{metrics['prompts']:,}"}
+            for measure in OF_SOURCES:
+                title, digits = titles[measure]
+                line[title.lower()] = _mean(metrics, first, measure, digits)
             found.append(line)
     return found
 
@@ -102,25 +109,29 @@ def gain_in_std(evaluated: Mapping[str, Any], measure: str) -> float | None:
     return float((evaluated[f"ppo_{measure}"] - evaluated[f"sft_{measure}"]) / spread)
 
 
-def comparison(evaluated: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What was measured of both models' answers: name, SFT, PPO, difference."""
+def comparison(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
+    """What was measured of the answers: a line per measure; its name, a column per model, by how much PPO has more."""
+    champion = {name: value for name, value in metrics_of(refs, "compare").items() if name.startswith("champion_")}
+    found = {**metrics_of(refs, "evaluate"), **champion}
     lines = []
     for measure, label, digits in MEASURES:
-        sft, ppo = evaluated.get(f"sft_{measure}"), evaluated.get(f"ppo_{measure}")
+        sft, ppo = found.get(f"sft_{measure}"), found.get(f"ppo_{measure}")
         if sft is None or ppo is None:
             continue
-        if digits is None:
-            lines.append((label, page.percent(sft), page.percent(ppo), f"{(ppo - sft) * 100:+.1f} points"))
-            continue
-        texts = [
-            f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-            for value, spread in (
-                (sft, evaluated.get(f"sft_{measure}_std")),
-                (ppo, evaluated.get(f"ppo_{measure}_std")),
-            )
-        ]
-        lines.append((label, texts[0], texts[1], f"{ppo - sft:+.{digits}f}"))
-    return lines
+        line = {"": label} | {title: _mean(found, name, measure, digits) for name, title in LABELS.items()}
+        more = f"{(ppo - sft) * 100:+.1f} points" if digits is None else f"{ppo - sft:+.{digits}f}"
+        lines.append(line | {"PPO less SFT": more})
+    known = [column for column in (lines[0] if lines else ()) if any(line[column] for line in lines)]
+    return [{column: line[column] for column in known} for line in lines]
+
+
+def _mean(found: Mapping[str, Any], name: str, measure: str, digits: int | None) -> str:
+    value, spread = found.get(f"{name}_{measure}"), found.get(f"{name}_{measure}_std")
+    if value is None:
+        return ""
+    if digits is None:
+        return page.percent(value)
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
 def samples(directory: Path, count: int, first: str = "ppo", second: str = "sft") -> list[dict[str, Any]]:

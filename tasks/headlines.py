@@ -19,10 +19,16 @@ def _row(name: str, group: list[StageRef]) -> StepRow:
     made = [ref for ref in group if not ref.cached]
     return StepRow(
         step=name if len(group) == 1 else f"{name} × {len(group)}",
-        seconds=sum(ref.seconds for ref in made),
+        seconds=sum(ref.seconds for ref in made or group),
         cached=not made,
+        gpu_hours=sum(gpu_hours(ref) for ref in made or group),
         metric=headline_of_many(name, [ref.metrics for ref in group]),
     )
+
+
+def gpu_hours(ref: StageRef) -> float:
+    """What the stage cost when it was made: its time on each GPU that it held."""
+    return ref.seconds / 3600 * float(ref.metrics.get("gpus", 0))
 
 
 def headline_of_many(stage: str, metrics: Sequence[Mapping[str, Any]]) -> str:

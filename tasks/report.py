@@ -31,6 +31,8 @@ class StepRow:
     cached: bool
     metric: str
     """The step's main metric with its name, such as "accuracy 0.87"."""
+    gpu_hours: float = 0.0
+    """Of a cached step: those that it took when it was made."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,15 @@ def render(run: RunSummary) -> str:
         "run.html",
         run=run,
         total=page.duration(sum(row.seconds for row in run.rows if not row.cached)),
+        gpu_hours=sum(row.gpu_hours for row in run.rows if not row.cached),
+        gpu_hours_ever=sum(row.gpu_hours for row in run.rows),
         tiles=tiles(refs),
         data=data_report.data_table(refs),
         phases=data_report.phase_table(refs),
         win_rates=evaluation_report.win_rates(refs),
         per_source=evaluation_report.per_source(refs),
         hacking=evaluation_report.hacking(metrics_of(refs, "evaluate")),
-        comparison=evaluation_report.comparison(metrics_of(refs, "evaluate")),
+        comparison=evaluation_report.comparison(refs),
         evaluate=metrics_of(refs, "evaluate"),
         reward_models=[(name, metrics) for name in REWARD_MODELS if (metrics := metrics_of(refs, REWARD_MODELS[name]))],
         curves=run.curves,

@@ -101,7 +101,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
         report: dict[str, Any] = module.run(job)
     if stage in TRAINED and is_first_rank():
         keep_ancestry(job)
-    return {**report, **{name.removeprefix("memory/"): value for name, value in memory(device).items()}}
+    return {**report, **held(device)}
 
 
 def start(device: str, distributed: bool) -> torch.device:
@@ -166,6 +166,12 @@ def out_of_memory(stage: str) -> str:
 def memory(device: torch.device) -> dict[str, float]:
     """Peak GPU memory of this rank in GiB; nothing on a CPU."""
     return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
+
+
+def held(device: torch.device) -> dict[str, float]:
+    """What the stage took of GPUs: how many, and its peak on this rank's in GiB; nothing on a CPU."""
+    measured = {name.removeprefix("memory/"): value for name, value in memory(device).items()}
+    return {**measured, "gpus": int(os.environ.get("WORLD_SIZE", "1"))} if measured else {}
 
 
 def is_first_rank() -> bool:

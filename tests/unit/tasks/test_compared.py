@@ -37,6 +37,9 @@ def test_every_source_has_its_own_rates():
     assert list(found) == ["left", "right"]
     assert (found["left"]["prompts"], found["left"]["win_rate"], found["left"]["gold_win_rate"]) == (3, 1.0, 0.5)
     assert (found["right"]["prompts"], found["right"]["win_rate"], found["right"]["gold_win_rate"]) == (1, 0.0, 0.0)
+    assert (found["left"]["win_rate_gap"], found["right"]["win_rate_gap"]) == (0.5, 0.0)
+    assert found["left"]["length_controlled_win_rate"] > 0.5 > found["right"]["length_controlled_win_rate"]
+    assert (found["left"]["a_reward"], found["right"]["a_gold"]) == (2.0, 0.0)
 
 
 def test_without_a_gold_model_there_is_no_gap():

@@ -103,6 +103,22 @@ def test_a_champion_with_the_same_tokenizer_answers_as_it_did(tmp_path, data, ou
     assert [row["champion_reward"] for row in compared] == [row["ppo_reward"] for row in rows]
 
 
+def test_the_moving_average_is_held_against_the_last_policy(tmp_path, data, ours):
+    average = LlamaForCausalLM.from_pretrained(ours["policy"])
+    with torch.no_grad():
+        average.lm_head.weight.copy_(average.lm_head.weight.roll(1, 0))  # another policy with the same tokenizer
+    average.save_pretrained(tmp_path / "ema")
+    roles = {"sft": ours["policy"], "ppo": ours["policy"], "ema": tmp_path / "ema"}
+    metrics = evaluate.run(job("evaluate", tmp_path / "evaluate", data, ours, **roles))
+    rows = rows_of(tmp_path / "evaluate")
+    assert any(row["ema"] != row["ppo"] for row in rows)
+    won = [(row["ema_reward"] > row["ppo_reward"]) + (row["ema_reward"] == row["ppo_reward"]) / 2 for row in rows]
+    assert metrics["ema_win_rate"] == pytest.approx(sum(won) / len(won))
+    assert metrics["ema_tokens"] == pytest.approx(sum(row["ema_tokens"] for row in rows) / len(rows))
+    assert metrics["ema_per_source"]["mine"]["prompts"] == len(rows) == 4
+    assert metrics["win_rate"] == 0.5, "PPO against SFT is not touched by it"
+
+
 def test_the_gold_reward_model_scores_the_same_answers(tmp_path, data, ours, other):
     torch.manual_seed(7)
     config = LlamaForSequenceClassification.from_pretrained(ours["reward"]).config

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tasks import tracking
 from tasks.headlines import headline
-from tasks.stages import read_manifest, write_json
+from tasks.stages import named, read_manifest, write_json
 from tasks.tracking import Store, Version
 
 LINEAGE_FILE = "lineage.json"
@@ -156,7 +156,7 @@ def _walk(directory: Path, workspace: Path, digest: str | None, steps: dict[str,
     if digest not in (None, manifest["digest"]):
         raise ValueError(f"the stage {name} was made anew since, with other results")
     inputs = {
-        role: _walk(workspace / read["stage"] / read["fingerprint"], workspace, read["digest"], steps)
+        role: _walk(named(workspace, read["stage"], read["fingerprint"]), workspace, read["digest"], steps)
         for role, read in manifest["inputs"].items()
     }
     if (ancestor := _ancestor(manifest)) is not None:

@@ -45,13 +45,15 @@ def pinned(config: RunConfig) -> RunConfig:
 def as_stage(store: Store, version: Version, workspace: Path) -> StageRef:
     """A registered version as the input of a stage: as it lies on this machine, else fetched from the store once.
 
-    Its directory holds `model/`, the Hugging Face folder. Raises ValueError where it cannot be had.
+    Its directory holds `model/`, the Hugging Face folder. Raises ValueError where it cannot be had, and for a tag
+    `fingerprint` that is none.
     """
     digest, fingerprint = version.tags.get("digest", ""), version.tags.get("fingerprint", "")
     address = urlsplit(version.source)
     folders = [Path(unquote(address.path))] if address.scheme in ("", "file") else []
-    if version.name.endswith(POLICY):
-        folders.append(workspace / "ppo" / fingerprint)  # the average lies there too, in another folder
+    made = stages.named(workspace, "ppo", fingerprint) if fingerprint else None
+    if made is not None and version.name.endswith(POLICY):
+        folders.append(made)  # the average lies there too, in another folder
     for folder in folders:
         if (folder / "model" / "config.json").is_file():
             return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})

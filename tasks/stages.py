@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -82,6 +83,16 @@ class Stage:
     @property
     def directory(self) -> Path:
         return self.workspace / self.name / self.fingerprint
+
+
+def named(workspace: Path, stage: str, fingerprint: str) -> Path:
+    """The directory of the stage that a record names: a registered model's tags, a manifest.
+
+    Raises ValueError for what no stage is called: it could lead out of the workspace.
+    """
+    if not re.fullmatch("[a-z-]+", stage) or not re.fullmatch("[0-9a-f]{16}", fingerprint):
+        raise ValueError(f"{stage}/{fingerprint} names no stage: the record that names it was damaged or forged")
+    return workspace / stage / fingerprint
 
 
 def finished(stage: Stage) -> StageRef | None:

@@ -165,3 +165,14 @@ def test_the_graph_is_drawn_with_every_step_as_text(tmp_path, store):
         assert ref.fingerprint[:10] in texts
     assert "@abc" in texts
     assert lineage_graph.draw(record, "png").startswith(b"\x89PNG")
+
+
+def test_a_manifest_that_names_what_is_no_stage_is_refused(tmp_path):
+    refs = chain(tmp_path, "abc")
+    file = refs["ppo"].directory / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for forged in ({"stage": ".."}, {"stage": "/"}, {"fingerprint": "../../evil"}, {"fingerprint": str(tmp_path)}):
+        inputs = manifest["inputs"] | {"sft": manifest["inputs"]["sft"] | forged}
+        file.write_text(json.dumps(manifest | {"inputs": inputs}))
+        with pytest.raises(ValueError, match="names no stage"):
+            lineage.gather(refs["ppo"].directory)

@@ -64,3 +64,23 @@ def test_what_is_not_registered_is_one_sentence(workspace, name, sentence):
     with pytest.raises(ConfigError) as raised:
         registered.pinned(config(workspace, policy=name))
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize("tag", ["../../evil", "{outside}", "0123456789abcde/", "0123456789ABCDEF", "0" * 17])
+def test_a_fingerprint_that_leads_out_of_the_workspace_is_refused(workspace, tmp_path, tag):
+    for outside in (tmp_path / "outside", workspace.parent / "evil"):  # the tags lead to a model
+        (outside / "model").mkdir(parents=True, exist_ok=True)
+        (outside / "model" / "config.json").write_text("{}")
+    tags = {"digest": "d", "fingerprint": tag.format(outside=tmp_path / "outside")}
+    version = tracking.Version("chat-policy", 3, (), tags, "runs:/gone/policy", None, 0.0)
+    with pytest.raises(ValueError, match="names no stage: the record that names it was damaged or forged"):
+        registered.as_stage(tracking.open_store(workspace), version, workspace)
+
+
+def test_a_fingerprint_is_looked_for_in_the_workspace(workspace):
+    made = workspace / "ppo" / "0123456789abcdef"
+    (made / "model").mkdir(parents=True)
+    (made / "model" / "config.json").write_text("{}")
+    tags = {"digest": "d", "fingerprint": made.name}
+    version = tracking.Version("chat-policy", 3, (), tags, "runs:/gone/policy", None, 0.0)
+    assert registered.as_stage(tracking.open_store(workspace), version, workspace).directory == made

@@ -24,6 +24,7 @@ from tasks.config import ApiJudgeConfig, ConfigError
 from tasks.paired import estimate
 
 VERDICTS = "verdicts.jsonl"
+OF_EMA = "verdicts-ema.jsonl"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 WORTH = {"A": 1.0, "B": 0.0, "C": 0.5}
 FAILURES_IN_A_ROW = 3
@@ -63,18 +64,18 @@ def key_of(config: ApiJudgeConfig) -> str:
     return key
 
 
-def judge(config: ApiJudgeConfig, rows: Sequence[Row], first: str, second: str, directory: Path) -> dict[str, Any]:
-    """Verdicts on the first's answers against the second's, in `verdicts.jsonl`. Returns the figures of `summary`.
+def judge(config: ApiJudgeConfig, rows: Sequence[Row], first: str, second: str, path: Path) -> dict[str, Any]:
+    """Verdicts on the first's answers against the second's, in the file `path`. Returns the figures of `summary`.
 
     ConfigError where the API refuses the key or the request, ConnectionError where it is down.
     """
     with Api(config) as api:
-        known = read_verdicts(directory / VERDICTS)
+        known = read_verdicts(path)
         api.calls = sum(row["calls"] for row in known)
         api.cost = sum(row["cost"] for row in known)
         capped = False
         asked = rows[: config.prompts]
-        with (directory / VERDICTS).open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             for place in range(len(known), len(asked)):
                 try:
                     found = _pair(api, asked[place], first, second)
@@ -83,7 +84,7 @@ def judge(config: ApiJudgeConfig, rows: Sequence[Row], first: str, second: str, 
                     break
                 file.write(json.dumps({"source": asked[place]["source"], **found}) + "\n")
                 file.flush()
-    return summary(read_verdicts(directory / VERDICTS)) | {"capped": capped}
+    return summary(read_verdicts(path)) | {"capped": capped}
 
 
 def _pair(api: "Api", row: Row, first: str, second: str) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
 def summary(verdicts: Sequence[Row]) -> dict[str, Any]:
     """Win rate with its interval over the pairs with two verdicts; how many there are, agree, are missing; the cost.
 
-    Without any such pair there is no win rate.
+    Without any such pair there is no win rate. `per_source` has the rates and how many pairs they are of.
     """
     judged = [row for row in verdicts if row["won"] is not None]
     said = [one for row in verdicts for one in row["verdicts"]]
@@ -128,12 +129,23 @@ def summary(verdicts: Sequence[Row]) -> dict[str, Any]:
         "cost": sum(row["cost"] for row in verdicts),
     }
     if judged:
-        rate = estimate(np.array([row["won"] for row in judged]))
         turned = {"A": "B", "B": "A", "C": "C"}
         agree = [row["verdicts"][0] == turned[row["verdicts"][1]] for row in judged]
-        found |= {"win_rate": rate.value, "win_rate_low": rate.lower, "win_rate_high": rate.upper}
+        found |= _rate(judged)
         found["orders_agree"] = sum(agree) / len(agree)
+        sources = sorted({row["source"] for row in judged})
+        found["per_source"] = {name: _rate([row for row in judged if row["source"] == name]) for name in sources}
     return found
+
+
+def _rate(judged: Sequence[Row]) -> dict[str, float]:
+    rate = estimate(np.array([row["won"] for row in judged]))
+    return {
+        "prompts": len(judged),
+        "win_rate": rate.value,
+        "win_rate_low": rate.lower,
+        "win_rate_high": rate.upper,
+    }
 
 
 class Api:

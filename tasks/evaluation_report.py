@@ -29,9 +29,9 @@ CONTESTS = (
     ("evaluate", "ema_", "Moving average against PPO"),
     ("compare", "", "Candidate against the champion"),
 )
-ASKED = {("evaluate", ""): "verdicts", ("compare", ""): "verdicts-compare"}
-"""Contest -> where a judge behind an API said what it thinks of it."""
 """Stage, how its figures begin, what it is called."""
+ASKED = {"evaluate": "verdicts", "compare": "verdicts-compare"}
+"""Stage -> the one in which a judge behind an API said what it thinks of its answers."""
 LABELS = {"sft": "SFT", "ppo": "PPO", "ema": "Moving average", "champion": "Champion"}
 OF_SOURCES = ("kl", "tokens", "eos_rate", "repetition", "distinct_2")
 """What is shown of the first model's answers to the prompts of each source."""
@@ -44,16 +44,22 @@ def win_rates(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
         metrics = metrics_of(refs, stage)
         if f"{begins}win_rate" in metrics:
             line = {"contest": label} | _line(metrics, begins) | {"prompts": f"{metrics['prompts']:,}"}
-            found.append(line | _by_api(metrics_of(refs, ASKED.get((stage, begins), ""))))
-    columns = list(dict.fromkeys(column for line in found for column in line))
-    return [{column: line.get(column, "") for column in columns} for line in found]
+            found.append(line | _by_api(metrics_of(refs, ASKED[stage]), begins))
+    return _table(found)
 
 
-def _by_api(metrics: Mapping[str, Any]) -> dict[str, str]:
-    if "win_rate" not in metrics:
+def _table(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The lines with the same columns: those that some line fills."""
+    columns = dict.fromkeys(column for line in lines for column, text in line.items() if text)
+    return [{column: line.get(column, "") for column in columns} for line in lines]
+
+
+def _by_api(metrics: Mapping[str, Any], begins: str) -> dict[str, str]:
+    name = f"{begins}win_rate"
+    if name not in metrics:
         return {}
-    ended = ", ended at its cap" if metrics["capped"] else ""
-    return {"by the API's judge": f"{_with_interval(metrics, 'win_rate')} of {metrics['prompts']}{ended}"}
+    ended = ", ended at its cap" if metrics.get(f"{begins}capped") else ""
+    return {"by the API's judge": f"{_with_interval(metrics, name)} of {metrics[f'{begins}prompts']}{ended}"}
 
 
 def per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
@@ -62,13 +68,14 @@ def per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
     found = []
     for stage, begins, label in CONTESTS:
         first = begins.removesuffix("_") or "ppo"
+        asked = metrics_of(refs, ASKED[stage]).get(f"{begins}per_source", {})
         for source, metrics in metrics_of(refs, stage).get(f"{begins}per_source", {}).items():
             line = {"contest": label, "source": source} | _line(metrics, "") | {"prompts": f"{metrics['prompts']:,}"}
             for measure in OF_SOURCES:
                 title, digits = titles[measure]
                 line[title.lower()] = _mean(metrics, first, measure, digits)
-            found.append(line)
-    return found
+            found.append(line | _by_api(asked.get(source, {}), ""))
+    return _table(found)
 
 
 def _line(metrics: Mapping[str, Any], begins: str) -> dict[str, str]:
@@ -121,8 +128,7 @@ def comparison(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
         line = {"": label} | {title: _mean(found, name, measure, digits) for name, title in LABELS.items()}
         more = f"{(ppo - sft) * 100:+.1f} points" if digits is None else f"{ppo - sft:+.{digits}f}"
         lines.append(line | {"PPO less SFT": more})
-    known = [column for column in (lines[0] if lines else ()) if any(line[column] for line in lines)]
-    return [{column: line[column] for column in known} for line in lines]
+    return _table(lines)
 
 
 def _mean(found: Mapping[str, Any], name: str, measure: str, digits: int | None) -> str:

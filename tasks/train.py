@@ -125,7 +125,12 @@ def _asked(run: Run, rival: str) -> Work:
 
     def work(stage: Stage, directory: Path) -> Mapping[str, Any]:
         (answers,) = stage.inputs.values()
-        return api_judge.judge(config, gates.answers(answers.directory), "ppo", rival, directory)
+        rows = gates.answers(answers.directory)
+        found = api_judge.judge(config, rows, "ppo", rival, directory / api_judge.VERDICTS)
+        if config.ema and rival == "sft" and "ema" in rows[0]:
+            average = api_judge.judge(config, rows, "ema", "ppo", directory / api_judge.OF_EMA)
+            found |= {f"ema_{name}": value for name, value in average.items()}
+        return found
 
     return work
 

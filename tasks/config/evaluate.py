@@ -18,6 +18,8 @@ class ApiJudgeConfig(Section):
     """The environment variable that holds the key, which is kept nowhere else; null: the server wants none."""
     prompts: Positive = 100
     """At most so many prompts of a comparison are judged, by two calls each."""
+    ema: bool = False
+    """Ask about the moving average of the weights against PPO's last ones as well, with caps of its own."""
     max_calls: Positive = 500
     """A comparison is judged by at most so many requests, retries included."""
     max_cost: PositiveFloat | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.model_files import TOKENIZER_FILES
+from tasks import untrusted
 from tasks.config import SIX_SETS, UNSUPERVISED, ConfigError, RunConfig, SourceConfig, TinyModel
 from tasks.stages import Stage, StageRef
 
@@ -210,8 +211,10 @@ def _check_model_folder(folder: Path, where: str) -> None:
         raise ConfigError(f"{where}: {folder} is no model folder, it has no config.json; point it at one that has")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(f"{where}: {folder} holds no tokenizer; copy the model's tokenizer files into it")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{where}: {folder} holds no weights in safetensors format; save the model again in it")
+    try:
+        untrusted.check_weights(folder)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _sources(config: RunConfig) -> list[Node]:

@@ -1,8 +1,10 @@
 import json
+import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from data_prep.tokenizer import load_tokenizer
 from tasks import base, dag, untrusted
@@ -26,6 +28,58 @@ def test_a_plain_folder_is_taken(folder: Path) -> None:
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds no weights in safetensors format; save the model again in it"):
+        untrusted.check(folder)
+
+
+class Opened:
+    """An object whose unpickling leaves a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+def test_only_weights_that_transformers_reads_from_safetensors_are_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tokenizer = base.train_tokenizer(iter(["tell me of the red apple", "the pear is green"]), 300)
+    LlamaForCausalLM(tiny_llama_for(tokenizer)).save_pretrained(folder)
+    marker = tmp_path / "opened"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Opened(marker), protocol=2))
+    untrusted.check(folder)  # what the hub has in both formats
+    AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    with pytest.raises(ValueError, match="holds no weights in safetensors format"):
+        untrusted.check(folder)
+    with pytest.raises(pickle.UnpicklingError):  # torch's own guard is all that is left
+        AutoModelForCausalLM.from_pretrained(folder)
+    shards = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}, "metadata": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+    with pytest.raises(ValueError, match=r"names pytorch_model.bin as weights, no safetensors file in it"):
+        untrusted.check(folder)
+    with pytest.raises(pickle.UnpicklingError):
+        AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("shard", "is_taken"), [("a.safetensors", True), ("../a.safetensors", False), ("/a.safetensors", False)]
+)
+def test_shards_lie_in_their_folder(folder: Path, shard: str, is_taken: bool) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+    with nullcontext() if is_taken else pytest.raises(ValueError, match="no safetensors file in it"):
+        untrusted.check(folder)
+
+
+def test_an_adapter_and_weights_that_the_config_names_are_looked_at_too(folder: Path) -> None:
+    (folder / "config.json").write_text('{"transformers_weights": "adapter_model.bin"}')
+    (folder / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"names adapter_model.bin as weights"):
+        untrusted.check(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter"):
         untrusted.check(folder)
 
 

@@ -1,20 +1,24 @@
 """The section `evaluate`: whose answers are drawn and who judges them."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.config.ppo import SamplingConfig
 from tasks.config.section import Positive, PositiveFloat, Section
+
+VARIABLE = "^[A-Z_][A-Z0-9_]*$"
+ADDRESS = "^[^?#]*$"
 
 
 class ApiJudgeConfig(Section):
     """A judge behind an OpenAI-compatible API, asked for each pair of answers twice (`tasks.api_judge`)."""
 
-    base_url: str = "https://api.openai.com/v1"
+    # The patterns are for Prefect's form, so that it keeps no key that is pasted there.
+    base_url: str = Field("https://api.openai.com/v1", json_schema_extra={"pattern": ADDRESS})
     model: str
-    key_variable: str | None = "OPENAI_API_KEY"
+    key_variable: str | None = Field("OPENAI_API_KEY", json_schema_extra={"pattern": VARIABLE})
     """The environment variable that holds the key, which is kept nowhere else; null: the server wants none."""
     prompts: Positive = 100
     """At most so many prompts of a comparison are judged, by two calls each."""
@@ -32,12 +36,26 @@ class ApiJudgeConfig(Section):
     timeout_seconds: PositiveFloat = 60
     max_reply_tokens: Positive = 512
 
+    @field_validator("key_variable", mode="before")
+    @classmethod
+    def _names_a_variable(cls, name: Any) -> Any:
+        if name is not None and not (isinstance(name, str) and re.fullmatch(VARIABLE, name)):
+            raise ValueError("name the environment variable that holds the key, in capitals; not the key itself")
+        return name
+
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_key(cls, url: str) -> str:
+        if re.search(r"//[^/]*@", url):
+            raise ValueError("leave out the password; give it by the environment variable that key_variable names")
+        if not re.fullmatch(ADDRESS, url):
+            raise ValueError("leave out what follows ? or #; a key is given by the variable that key_variable names")
+        return url
+
     @model_validator(mode="after")
     def _costs_are_known(self) -> "ApiJudgeConfig":
         if self.max_cost is not None and not any(self.prices):
             raise ValueError("max_cost needs prices, of a million tokens read and written; set them as well")
-        if re.search(r"//[^/]*@", self.base_url):
-            raise ValueError("base_url holds a password; give it by the environment variable that key_variable names")
         return self
 
 

@@ -18,6 +18,6 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A part of the tree: unknown keys are errors, values never change after loading."""
+    """A part of the tree: unknown keys are errors, which show no value; values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)

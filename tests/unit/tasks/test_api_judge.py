@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tasks import api_judge, gates, train
 from tasks.api_judge import judge
@@ -158,14 +159,31 @@ def test_what_is_missing_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="the environment variable JUDGE_KEY holds no key for http://127"):
         api_judge.check(ApiJudgeConfig(**settings))
     api_judge.check(ApiJudgeConfig(**settings | {"key_variable": None}))
-    for changes, sentence in (
-        ({"max_cost": 3.0}, "max_cost needs prices"),
-        ({"base_url": "https://user:word@host/v1"}, "base_url holds a password"),
-    ):
+    for changes, sentence in (({"max_cost": 3.0}, "max_cost needs prices"),):
         with pytest.raises(ConfigError, match=sentence):
             parse({"evaluate": {"api_judge": {"model": "m", **changes}}})
     with pytest.raises(ConfigError, match=r"api_win_rate_vs_champion needs evaluate\.api_judge"):
         parse({"promote": {"gates": {"api_win_rate_vs_champion": ">= 0.5"}}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"base_url": "https://host/v1?api_key=sk-9f3a"}, "base_url: leave out what follows"),
+        ({"base_url": "https://host/v1#sk-9f3a"}, "base_url: leave out what follows"),
+        ({"base_url": "https://user:sk-9f3a@host/v1"}, "base_url: leave out the password"),
+        ({"key_variable": "sk-9f3a"}, "key_variable: name the environment variable"),
+        ({"key_variable": ["sk-9f3a"]}, "key_variable: name the environment variable"),
+        ({"key_variable": "", "api_key": "sk-9f3a"}, "key_variable: name the environment variable"),
+    ],
+)
+def test_a_key_in_the_config_is_refused_and_not_repeated(changes: dict[str, object], sentence: str) -> None:
+    settings = {"model": "m", **changes}
+    with pytest.raises(ConfigError, match=rf"evaluate\.api_judge\.{sentence}") as refused:
+        parse({"evaluate": {"api_judge": settings}})
+    with pytest.raises(ValidationError) as by_itself:
+        ApiJudgeConfig(**settings)
+    assert "9f3a" not in str(refused.value) + str(by_itself.value)
 
 
 def test_the_gate_reads_the_verdicts() -> None:

@@ -48,13 +48,30 @@ def point(link: Path, folder: Path) -> None:
     draft.replace(link)
 
 
-def load(url: str, name: str) -> None:
+def switch(url: str, link: Path, before: Target, after: Target) -> None:
+    """Have the server answer with another model, under the name of the link.
+
+    Where it cannot load it, the one before is put back, and OSError or ValueError says why.
+    """
+    point(link, after.folder)
+    try:
+        _load(url, link.name)
+    except (OSError, ValueError):
+        point(link, before.folder)
+        _load(url, link.name)
+        raise
+
+
+def _load(url: str, name: str) -> None:
     """Have the server drop what it has loaded and load the model that its name means now."""
     _post(f"{url}/reset", {})
-    _post(f"{url}/load_model", {"model": name})
+    for line in _post(f"{url}/load_model", {"model": name}).splitlines():  # server-sent events, of a 200 in any case
+        event = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
+        if event.get("status") == "error":
+            raise ValueError(f"the model server could not load it ({event.get('message')})")
 
 
-def _post(url: str, body: object) -> None:
+def _post(url: str, body: object) -> str:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with LOCAL.open(request, timeout=SECONDS_TO_LOAD) as answer:
-        answer.read()
+        return str(answer.read().decode())

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tasks.tracking import Store
 
 SECONDS_BETWEEN_LOOKS = 2.0
+LONGEST_WAIT = 60.0
+"""Between looks, while they fail."""
 
 
 def serve_model(
@@ -42,26 +44,31 @@ def serve_model(
                 url = server.wait_ready(timeout=serving.SECONDS_TO_LOAD)
             say(f'{serves.title}: {url}/v1, model "{name}". [dim]Ctrl-C ends it.[/]', soft_wrap=True)
             try:
+                wait = SECONDS_BETWEEN_LOOKS
                 while server.runs():
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
-                    serves = _follow(store, model, serves, link, url)
+                    time.sleep(wait)
+                    now = followed(store, model, serves, link, url)
+                    wait = SECONDS_BETWEEN_LOOKS if now else min(2 * wait, LONGEST_WAIT)
+                    serves = now or serves
             except KeyboardInterrupt:
                 say("Stopped.")
                 return
     raise RuntimeError(f"the model server ended by itself; its log: {log}")
 
 
-def _follow(store: "Store", model: str, serves: "Target", link: Path, url: str) -> "Target":
-    """What is served from now on. A model that cannot be had leaves the one that serves in place."""
+def followed(store: "Store", model: str, serves: "Target", link: Path, url: str) -> "Target | None":
+    """What is served from now on; None, with the reason shown, if that could not be found out or the new model not be
+    loaded. Then what serves serves on, and this is to be tried again."""
     from tasks import serving
 
     try:
         now = serving.target(store, model)
-    except (ValueError, OSError) as error:
+        if now.version.version != serves.version.version:
+            serving.switch(url, link, serves, now)
+            console.console.print(
+                f"{now.title} answers now, instead of version {serves.version.version}.", soft_wrap=True
+            )
+    except Exception as error:  # MLflow's are no ValueError, and nothing that goes wrong here is a reason to stop
         console.errors.print(f"{serves.title} serves on: {error}", style="yellow", markup=False, soft_wrap=True)
-        return serves
-    if now.version.version != serves.version.version:
-        serving.point(link, now.folder)
-        serving.load(url, link.name)
-        console.console.print(f"{now.title} answers now, instead of version {serves.version.version}.", soft_wrap=True)
+        return None
     return now

@@ -59,6 +59,14 @@ def test_it_streams_follows_the_alias_and_leaves_nothing(command: Callable[..., 
     serving.wait_for(lambda: "version 2 answers now" in " ".join(shown.read_text().split()), 60)
     second = "".join(answer())
     assert second.startswith("b")
+    broken = always(tmp_path / "broken", "red")
+    (broken / "model" / "model.safetensors").write_bytes(b"cut off")
+    tracking.register_version(store, "chat-policy", broken, None, {"digest": "3"})
+    tracking.set_alias(store, "chat-policy", tracking.CHAMPION, 3)
+    serving.wait_for(
+        lambda: "version 2 serves on: the model server could not" in " ".join(shown.read_text().split()), 60
+    )
+    assert "".join(answer()) == second
     serving.process.send_signal(signal.SIGINT)
     ended = serving.end()
     assert ended.code == 0

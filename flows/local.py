@@ -79,6 +79,21 @@ class PrefectServer:
             self._own.stop()
 
 
+@contextmanager
+def heard() -> Iterator[None]:
+    """In the block, events go to the Prefect server that is configured or that `rlhf ui` runs; none is started for
+    them, and where none answers they go nowhere."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = configured_url() or servers.running_prefect_server(state_dir())
+    answers = url is not None and servers.healthy(f"{url.rstrip('/')}/health")
+    with temporary_settings({PREFECT_API_URL: url if answers else None}):
+        yield
+        if answers:
+            _silence_console()
+            _send_what_waits()
+
+
 def _silence_console() -> None:
     from prefect.logging.handlers import PrefectConsoleHandler
 

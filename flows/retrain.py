@@ -48,8 +48,8 @@ from tasks import (
 from tasks.approval import Waiting
 from tasks.config import RunConfig
 from tasks.dag import Choice
-from tasks.promote import Judgement, Verdict, needs_comparison
-from tasks.register import Registration, register_models, registered_already
+from tasks.promote import Judgement, Verdict, look, needs_comparison
+from tasks.register import Registration, policy_name, register_models, registered_already
 from tasks.report import StepRow
 from tasks.stages import StageRef
 from tasks.steps import Run, open_run
@@ -138,6 +138,7 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
         steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
         plan.check_finished(config, choice)
     store = tracking.open_store(workspace)
+    look(store, policy_name(config.name))
     if waiting is not None:
         run_id = waiting.mlflow_run
         tracking.set_status(store, run_id, "RUNNING")

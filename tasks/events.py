@@ -1,6 +1,7 @@
 """What the project tells Prefect of a champion, as events, and which deployment an event comes from.
 
-    rlhf.champion.changed      another version serves: promoted, by its gates or by a person, or rolled back
+    rlhf.champion.changed      another version serves: promoted, by its gates or by a person, rolled back, or found
+                               moved by hand
     rlhf.champion.below-gate   measured beside a candidate, on today's prompts, the champion misses a gate of the config
 
 `flows.automations` makes what waits for them; those of data and stages are in `tasks.assets`.
@@ -13,6 +14,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 
 from tasks.gates import GateResult
 
@@ -65,5 +67,7 @@ def _deployment(run_id: UUID) -> str:
 
 
 def _emit(event: str, name: str, payload: dict[str, str | int]) -> None:
+    if PREFECT_API_URL.value() is None:
+        return  # nobody listens, and Prefect would start a server for it
     resource = {"prefect.resource.id": champion_key(name), "prefect.resource.name": name, FROM: sender()}
     emit_event(event=event, resource=resource, payload=payload)

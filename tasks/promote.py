@@ -15,7 +15,7 @@ from typing import Any, Literal
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks import history, tracking
+from tasks import events, history, tracking
 from tasks.gates import GateResult
 from tasks.history import Move
 from tasks.registered import EMA, POLICY, REWARD, companions
@@ -133,7 +133,8 @@ def roll_back(store: Store, name: str, version: int, why: str = "") -> Verdict:
 
 
 def follow(store: Store, name: str) -> list[Move]:
-    """The moves of a policy's champion. One that was made by hand is recorded, and what goes with the champion follows.
+    """The moves of a policy's champion. One that was made by hand is recorded and told, and what goes with the champion
+    follows.
 
     Hold the registry's lock.
     """
@@ -144,7 +145,15 @@ def follow(store: Store, name: str) -> list[Move]:
         for companion in companions(store, champion):
             tracking.set_alias(store, companion.name, CHAMPION, companion.version)
         _point_previous(store, name, moves)
+        before = f"instead of version {moves[-1].before}" if moves[-1].before else "as the first"
+        events.champion_changed(name, champion.version, f"{_title(champion)} serves {before}: {moves[-1].why}.")
     return moves
+
+
+def look(store: Store, name: str) -> list[Move]:
+    """As `follow`, for who does not hold the lock; none where there is no such policy yet."""
+    with tracking.registry_lock(store):
+        return follow(store, name) if name in tracking.registered_names(store) else []
 
 
 def _serve(

@@ -45,6 +45,7 @@ def models(
     debug: Debug = False,
 ) -> None:
     """Show the registered models: versions, aliases, metrics; or the history of their champions."""
+    from flows import local
     from tasks import approval, registered, tracking
     from tasks import promote as promoting
 
@@ -54,8 +55,8 @@ def models(
         console.console.print("No model is registered yet; `rlhf run CONFIG` registers the first.")
         return
     assert store is not None
-    with tracking.registry_lock(store):  # an alias that was moved by hand is noticed by who looks
-        moves = {name: promoting.follow(store, name) for name in names if name.endswith(registered.POLICY)}
+    with local.heard():  # an alias that was moved by hand is noticed by who looks
+        moves = {name: promoting.look(store, name) for name in names if name.endswith(registered.POLICY)}
     if history:
         for name, known in moves.items():
             for move in known:

@@ -3,8 +3,8 @@ import threading
 
 import pytest
 
-from tasks import gates, history, tracking
-from tasks.promote import Consent, Judgement, decide, follow, judge, needs_comparison, promote, resolve, roll_back
+from tasks import events, gates, history, tracking
+from tasks.promote import Consent, Judgement, decide, judge, look, needs_comparison, promote, resolve, roll_back
 from tasks.tracking import Version
 
 
@@ -186,18 +186,23 @@ def test_the_same_rollback_twice_goes_back_once(store, tmp_path):
     assert aliases(store, "twice-policy")["champion"] == 2
 
 
-def test_alias_moved_by_hand_is_noticed_and_counts_as_a_promotion(store, tmp_path):
+def test_alias_moved_by_hand_is_noticed_and_counts_as_a_promotion(store, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(events, "champion_changed", lambda *what: told.append(what))
     registered(store, tmp_path, "hand", 3)
+    assert look(store, "no-policy") == []
     promote(store, "hand-policy", 1)
     tracking.set_alias(store, "hand-policy", "champion", 3)  # as in MLflow's UI
-    with tracking.registry_lock(store):
-        moves = follow(store, "hand-policy")
-        assert follow(store, "hand-policy") == moves  # recorded once
+    moves = look(store, "hand-policy")
+    assert look(store, "hand-policy") == moves  # recorded once, told once
+    reason = "hand-policy version 3 serves instead of version 1: found moved, as in MLflow's own UI."
+    assert told == [("hand-policy", 3, reason)]
     assert (moves[-1].kind, moves[-1].before, moves[-1].after, moves[-1].by) == ("by hand", 1, 3, "unknown")
     assert champions(store, "hand") == [3, 3]
     assert aliases(store, "hand-policy") == {"champion": 3, "previous": 1}
     tracking.set_alias(store, "hand-policy", "champion", 2)
     assert roll_back(store, "hand-policy", 2).promoted  # noticed by the rollback itself
+    assert [version for _, version, _ in told] == [3, 2]  # the rollback is told by its flow
     assert aliases(store, "hand-policy") == {"champion": 3, "previous": 1}
 
 

@@ -13,7 +13,7 @@ from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from tasks import approval, dag, tracking
+from tasks import approval, dag, tracking, unfinished
 from tasks.approval import TAG, WAITING, Waiting
 from tasks.promote import Consent, judge
 from tasks.steps import Run
@@ -51,6 +51,7 @@ def consent(run: Run, waiting: Waiting) -> Consent | None:
         if deployment.id is None:
             return Consent("unasked")
         approval.write(workspace, run_id, waiting)
+        unfinished.suspended(workspace, run_id, run.config.promote.approval_hours)
         where = flow_run.ui_url or f"flow run {flow_run.name}"
         tracking.tag_version(run.store, name, version, {TAG: f"{WAITING}: {where}"})
     # The key is the candidate's: an answer is never taken for one about another.

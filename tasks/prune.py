@@ -44,6 +44,8 @@ class Plan:
     removals: list[Removal]
     spared: int = 0
     """Stage directories that stay for runs alone that have not come to their end."""
+    keep: int | None = None
+    """As `plan` was told."""
 
     @property
     def size(self) -> int:
@@ -79,23 +81,27 @@ def plan(store: Store, keep: int | None = None) -> Plan:
             if links[place] == gone[place]:  # the last name of the file
                 size += stat.st_size
         removals.append(Removal(folder, _why(folder), size))
-    return Plan(dropped, removals, spared=len(unregistered) - len(unused))
+    return Plan(dropped, removals, len(unregistered) - len(unused), keep)
 
 
-def carry_out(store: Store, planned: Plan) -> None:
+def carry_out(store: Store, planned: Plan) -> list[Removal]:
     """Remove what was planned, the registered versions first: none of them is ever without its files.
 
-    Raises ValueError while a run is going on in the workspace.
+    What a run that began since the plan has come to need stays. Returns what is gone. Raises ValueError while a run is
+    going on in the workspace.
     """
     with _no_run(Path(store.workspace)):
+        unused = {removal.directory for removal in plan(store, planned.keep).removals}
+        removals = [removal for removal in planned.removals if removal.directory in unused]
         for version in planned.versions:
             tracking.delete_version(store, version)
-        for removal in planned.removals:
+        for removal in removals:
             # Renamed first, so that a half-removed directory is never taken for a stage.
             trash = removal.directory.with_name(f".removed-{removal.directory.name}")
             removal.directory.rename(trash)
             shutil.rmtree(trash)
             removal.directory.with_name(f".{removal.directory.name}.lock").unlink(missing_ok=True)
+    return removals
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A run that crashed has no process until Prefect starts it again, and holds nothi
 on from them.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def note(workspace: Path, flow_run_id: str, directory: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:  # one short line: tasks of one run write at once
         file.write(f"{directory.relative_to(workspace)}\n")
+
+
+def suspended(workspace: Path, flow_run_id: str, hours: float) -> None:
+    """The run waits for a person, for so long at most: its days begin when that is over."""
+    path = workspace / FOLDER / flow_run_id
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    until = time.time() + hours * 3600
+    os.utime(path, (until, until))
 
 
 def forget(workspace: Path, flow_run_id: str) -> None:

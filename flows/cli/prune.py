@@ -52,8 +52,8 @@ def prune(
     if not yes:
         console.console.print(f"\n{size(planned.size)} in all. Nothing is removed yet: add --yes.")
         return
-    pruning.carry_out(store, planned)
-    console.console.print(f"\n{size(planned.size)} removed.")
+    removed = pruning.carry_out(store, planned)
+    console.console.print(f"\n{size(sum(removal.size for removal in removed))} removed.")
 
 
 def size(count: float) -> str:

@@ -137,8 +137,24 @@ def test_what_a_crashed_run_goes_on_from_stays_until_the_run_ends_or_is_given_up
     assert len(prune.plan(store).removals) == 2
     os.utime(path)
     assert prune.plan(store).removals == []
+    unfinished.suspended(workspace, "a-run", hours=300)
+    suspended = path.stat().st_mtime
+    for days, spared in ((-12.5 - 6.9, 2), (-12.5 - 7.1, 0)):  # 300 h, and then a week
+        os.utime(path, (suspended + days * 24 * 3600,) * 2)
+        assert prune.plan(store).spared == spared
+    os.utime(path)
     unfinished.forget(workspace, "a-run")
     assert len(prune.plan(store).removals) == 2
+
+
+def test_what_was_registered_since_the_plan_stays(store):
+    made(store, "sft", seed=9)
+    base = made(store, "base")
+    planned = prune.plan(store)
+    assert len(planned.removals) == 2
+    registered(store, 1)  # on that base, by a run that came and went meanwhile
+    assert [removal.directory.parent.name for removal in prune.carry_out(store, planned)] == ["sft"]
+    assert base.directory.is_dir()
 
 
 def hold(workspace: str, ready, done) -> None:

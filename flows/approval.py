@@ -7,7 +7,10 @@ form: nobody decided.
 
 from dataclasses import replace
 from typing import Literal
+from uuid import UUID
 
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
@@ -67,6 +70,18 @@ def decided(form: Approval) -> Consent:
         return Consent("undecided")
     decision: Literal["approved", "rejected"] = "approved" if form.decision == "approve" else "rejected"
     return Consent(decision, form.name.strip() or "somebody in Prefect's UI", form.comment.strip())
+
+
+def ended(run_id: str) -> Literal["cancelled", "failed"] | None:
+    """How a flow run ended without coming back from its wait; None if it may, or if this server does not know it."""
+    with get_client(sync_client=True) as client:
+        try:
+            state = client.read_flow_run(UUID(run_id)).state
+        except ObjectNotFound:
+            return None
+    if state is None:
+        return None
+    return "cancelled" if state.is_cancelled() else "failed" if state.is_failed() else None
 
 
 def _question(waiting: Waiting, url: str | None) -> str:

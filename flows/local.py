@@ -80,15 +80,15 @@ class PrefectServer:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """In the block, events go to the Prefect server that is configured or that `rlhf ui` runs; none is started for
-    them, and where none answers they go nowhere."""
+def heard() -> Iterator[bool]:
+    """In the block, events go to the Prefect server that is configured or that `rlhf ui` runs. None is started for
+    them: gives whether one answers, and else they go nowhere."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = configured_url() or servers.running_prefect_server(state_dir())
     answers = url is not None and servers.healthy(f"{url.rstrip('/')}/health")
     with temporary_settings({PREFECT_API_URL: url if answers else None}):
-        yield
+        yield answers
         if answers:
             _silence_console()
             _send_what_waits()

@@ -21,7 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.alone import alone
-from flows.approval import consent
+from flows.approval import consent, ended
 from flows.prepare import preparation
 from flows.promotion import promotion
 from infra.witness import witnessed
@@ -138,6 +138,7 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
         steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
         plan.check_finished(config, choice)
     store = tracking.open_store(workspace)
+    approval.settle(store, workspace, ended)
     look(store, policy_name(config.name))
     if waiting is not None:
         run_id = waiting.mlflow_run

@@ -6,15 +6,20 @@ have changed, and the candidate that was asked about would be made anew; so what
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from tasks import tracking, unfinished
 from tasks.gates import GateResult
-from tasks.promote import Consent, Judgement
+from tasks.promote import Consent, Judgement, promote
 from tasks.register import Registration
 from tasks.stages import MANIFEST, StageRef, write_json
+from tasks.tracking import Store
 
+FOLDER = "approvals"
 WAITING = "waiting"
 TAG = "approval"
 """Of a version: WAITING and where to decide, later what was said."""
@@ -43,15 +48,43 @@ def write(workspace: Path, flow_run_id: str, waiting: Waiting) -> None:
 def read(workspace: Path, flow_run_id: str) -> Waiting | None:
     """What a flow run waited with; None if it did not, or if a stage of it is gone, so that it has to be made again."""
     try:
-        tree = json.loads(_path(workspace, flow_run_id).read_text())
+        waiting = _load(_path(workspace, flow_run_id))
     except FileNotFoundError:
         return None
-    refs = {key: StageRef(**tree["refs"][key]) for key in tree["order"]}
-    if not all((ref.directory / MANIFEST).is_file() for ref in refs.values()):
-        return None
+    return waiting if all((ref.directory / MANIFEST).is_file() for ref in waiting.refs.values()) else None
+
+
+def settle(store: Store, workspace: Path, ended: Callable[[str], Literal["cancelled", "failed"] | None]) -> None:
+    """Write down of candidates whose runs ended while they waited that they were not promoted.
+
+    Such a run has no process that could: it is done by who looks next.
+
+    Args:
+        ended: flow run id -> how that run ended; None: it may still come back.
+    """
+    waiting = {path.stem: _load(path) for path in (workspace / FOLDER).glob("*.json")}
+    over = {run_id: how for run_id in waiting if (how := ended(run_id)) is not None}
+    asked_still = {_asked(waiting[run_id]) for run_id in waiting.keys() - over.keys()}
+    for run_id, how in over.items():
+        name, number = asked = _asked(waiting[run_id])
+        known = next((entry for entry in tracking.versions(store, name) if entry.version == number), None)
+        if known is not None and where_to_decide(known.tags) and asked not in asked_still:
+            promote(store, name, number, waiting[run_id].judgement, consent=Consent(how))
+        with suppress(Exception):  # the MLflow run was deleted meanwhile
+            tracking.end_run(store, waiting[run_id].mlflow_run, "KILLED" if how == "cancelled" else "FAILED")
+        forget(workspace, run_id)
+        unfinished.forget(workspace, run_id)
+
+
+def _asked(waiting: Waiting) -> tuple[str, int]:
+    return waiting.registration.policy, waiting.registration.policy_version
+
+
+def _load(path: Path) -> Waiting:
+    tree = json.loads(path.read_text())
     judged = tree["judgement"]
     return Waiting(
-        refs,
+        {key: StageRef(**tree["refs"][key]) for key in tree["order"]},
         Registration(**tree["registration"]),
         Judgement([GateResult(**gate) for gate in judged["gates"]], judged["champion"]),
         tree["mlflow_run"],
@@ -71,4 +104,4 @@ def where_to_decide(tags: Mapping[str, str]) -> str | None:
 
 
 def _path(workspace: Path, flow_run_id: str) -> Path:
-    return workspace / "approvals" / f"{flow_run_id}.json"
+    return workspace / FOLDER / f"{flow_run_id}.json"

@@ -50,8 +50,9 @@ class Judgement:
 class Consent:
     """What a person said to a candidate that passes its gates, where the config wants one to be asked."""
 
-    decision: Literal["approved", "rejected", "undecided", "unasked"]
-    """undecided: the time for it is over; unasked: the run could not wait, as it has no deployment."""
+    decision: Literal["approved", "rejected", "undecided", "unasked", "cancelled", "failed"]
+    """undecided: the time for it is over; unasked: the run could not wait, as it has no deployment; cancelled, failed:
+    so the run ended while it waited."""
     by: str = ""
     comment: str = ""
 
@@ -59,12 +60,14 @@ class Consent:
         """What was said, for the end of a verdict; if nothing was, how to promote the version all the same."""
         if self.decision in ("approved", "rejected"):
             return f"{self.by} {self.decision} it" + (f" ({self.comment})" if self.comment else "")
-        reason = (
-            "nobody decided in time"
-            if self.decision == "undecided"
-            else "a person has to approve it (promote.approval), and a run without a deployment cannot wait for one"
-        )
-        return f'{reason}. Promote it with `rlhf promote {version.name} {version.version} --why "..."`'
+        reasons = {
+            "undecided": "nobody decided in time",
+            "unasked": "a person has to approve it (promote.approval), and a run without a deployment cannot wait for "
+            "one",
+            "cancelled": "its run was cancelled while it waited for approval",
+            "failed": "its run failed before it was decided on",
+        }
+        return f'{reasons[self.decision]}. Promote it with `rlhf promote {version.name} {version.version} --why "..."`'
 
 
 @task(name="promote", cache_policy=NO_CACHE, persist_result=False)

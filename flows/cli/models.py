@@ -55,7 +55,11 @@ def models(
         console.console.print("No model is registered yet; `rlhf run CONFIG` registers the first.")
         return
     assert store is not None
-    with local.heard():  # an alias that was moved by hand is noticed by who looks
+    with local.heard() as answers:  # an alias that was moved by hand is noticed by who looks
+        if answers:
+            from flows.approval import ended
+
+            approval.settle(store, Path(store.workspace), ended)
         moves = {name: promoting.look(store, name) for name in names if name.endswith(registered.POLICY)}
     if history:
         for name, known in moves.items():

@@ -18,6 +18,7 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.objects import State, StateType
 from prefect.events import emit_event
 from prefect.flow_engine import run_flow
 from prefect.input.run_input import keyset_from_paused_state
@@ -25,7 +26,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 from prefect.states import Failed, Pending, Running, Suspended
 
 from flows import deployments
-from flows.approval import Approval, decided
+from flows.approval import Approval, decided, ended
 from flows.automations import TITLES
 from tasks import assets, events
 from tasks.config import ConfigError, parse
@@ -113,13 +114,24 @@ def test_a_failure_and_a_wait_are_told_with_their_message(
     run = client.create_flow_run_from_deployment(deployed, name="tuesday")
     client.set_flow_run_state(run.id, Suspended(timeout_seconds=60), force=True)
     wait_for(lambda: received[1])
+    assert ended(str(run.id)) is None
     client.set_flow_run_state(run.id, Failed(message="The disk is full."), force=True)
+    assert ended(str(run.id)) == "failed"
     wait_for(lambda: len(received[1]) == 2)
     waits, failed = received[1]
     assert waits["subject"] == "tuesday waits for approval"
     assert failed["subject"] == "tuesday failed"
     assert failed["body"].startswith("The disk is full.")
     assert f"/runs/flow-run/{run.id}" in failed["body"]
+    client.delete_flow_run(run.id)
+    assert ended(str(run.id)) is None
+
+
+def test_a_suspended_run_that_is_cancelled_has_ended(client: SyncPrefectClient, deployed: UUID) -> None:
+    run = client.create_flow_run_from_deployment(deployed)
+    client.set_flow_run_state(run.id, Suspended(timeout_seconds=60), force=True)
+    client.set_flow_run_state(run.id, State(type=StateType.CANCELLING))  # as Prefect's UI does
+    assert ended(str(run.id)) == "cancelled"
     client.delete_flow_run(run.id)
 
 

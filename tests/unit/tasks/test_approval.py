@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.approval import Approval, decided
-from tasks import approval
+from tasks import approval, tracking, unfinished
 from tasks.approval import Waiting
 from tasks.gates import GateResult
 from tasks.promote import Consent, Judgement
@@ -41,6 +42,36 @@ def test_a_run_whose_stages_are_gone_makes_them_again(waiting: Waiting, tmp_path
     approval.write(tmp_path, "id", waiting)
     (tmp_path / "ppo" / MANIFEST).unlink()
     assert approval.read(tmp_path, "id") is None
+
+
+def test_a_candidate_whose_run_ended_waits_no_longer(
+    waiting: Waiting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = tracking.open_store(tmp_path)
+    for number in (1, 2, 3):
+        tracking.register_version(store, "chat-policy", tmp_path, None, {"digest": str(number)})
+        tracking.tag_version(store, "chat-policy", number, {"approval": "waiting: http://x"})
+    tracking.set_alias(store, "chat-policy", "champion", 1)
+    ends = {"a": "cancelled", "b": "failed", "c": "cancelled", "d": None, "e": "cancelled"}
+    for (run_id, _), number in zip(ends.items(), (2, 3, 1, 1, 9), strict=True):  # there is no 9 any more
+        of = replace(waiting.registration, policy_version=number)
+        approval.write(tmp_path, run_id, replace(waiting, registration=of))
+        unfinished.note(tmp_path, run_id, tmp_path / "ppo")
+    (tmp_path / "ppo" / MANIFEST).unlink()
+    approval.settle(store, tmp_path, ends.__getitem__)
+    tags = {number: tracking.find_version(store, "chat-policy", number).tags for number in (1, 2, 3)}
+    assert [tags[number]["approval"] for number in (1, 2, 3)] == ["waiting: http://x", "cancelled", "failed"]
+    assert "but its run was cancelled while it waited for approval. Promote it with `rlhf" in tags[2]["verdict"]
+    assert tags[2]["gate.kl"].startswith("passed: KL 4")
+    assert "but its run failed before it was decided on" in tags[3]["verdict"]
+    assert [path.name for folder in ("approvals", "unfinished") for path in (tmp_path / folder).iterdir()] == [
+        "d.json",
+        "d",
+    ]
+    champion = tracking.alias(store, "chat-policy", "champion")
+    assert champion is not None
+    assert champion.version == 1
 
 
 @pytest.mark.parametrize(

@@ -271,5 +271,30 @@ def test_a_killed_worker_is_started_again_and_goes_on(rlhf: Rlhf, again: Any, fo
     assert {task["run_count"] for task in tasks if task["name"].startswith("PPO")} == {2}
 
 
+def test_the_next_training_starts_from_the_champion(
+    rlhf: Rlhf, command: Rlhf, again: Any, folder: Path, prefect_api: str
+) -> None:
+    champion = tracking.alias(store_of(folder), "tiny-policy", "champion")
+    assert champion is not None
+    written = manifests(folder)
+    warm = ("--set", "models.policy=models:/tiny-policy@champion", "--set", "ppo.steps=2", *STRICT)
+    ended = rlhf("run", *warm, api=prefect_api).end()
+    assert ended.code == 0, ended.output
+    new = Counter(name.partition("/")[0] for name in set(manifests(folder)) - set(written))
+    again_made = ("base", "tokenise", "data-report", "sft", "reward", "gold", "ppo", "evaluate", "compare", "register")
+    assert new == dict.fromkeys(again_made, 1)
+    (base,) = (
+        folder / "workspace" / name for name in set(manifests(folder)) - set(written) if name.startswith("base/")
+    )
+    folder_of_champion = Path(json.loads((base / "base.json").read_text())["model"])
+    weights = (folder_of_champion / "model.safetensors").read_bytes()
+    assert weights == (Path(champion.source.removeprefix("file://")) / "model" / "model.safetensors").read_bytes()
+    candidate = tracking.alias(store_of(folder), "tiny-policy", "candidate")
+    assert candidate is not None
+    assert candidate.version > champion.version
+    chain = command("lineage", "models:/tiny-policy@candidate", "-w", str(folder / "workspace")).end()
+    assert f"models:/tiny-policy/{champion.version}" in " ".join(chain.output.split()), chain.output
+
+
 def command_line(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -38,7 +38,17 @@ def test_stages_of_one_name_share_a_line() -> None:
 def test_a_line_is_cached_only_if_all_of_it_is() -> None:
     downloads = [ref("download", {"rows": {"train": 5, "test": 2}}, cached=True) for _ in range(2)]
     (line,) = rows(downloads)
-    assert (line.cached, line.seconds, line.metric) == (True, 0, "14 rows of 2 sets")
+    assert (line.cached, line.seconds, line.metric) == (True, 4.0, "14 rows of 2 sets")
+
+
+def test_gpu_hours_are_the_time_on_every_gpu() -> None:
+    reward, sft = rows(
+        [
+            ref("reward", {"accuracy": 0.9, "gpus": 2}, cached=True, seconds=1800),
+            ref("sft", {"perplexity": 3}, seconds=36),
+        ]
+    )
+    assert (reward.gpu_hours, sft.gpu_hours) == (1.0, 0.0)
 
 
 def test_every_launched_stage_has_a_figure() -> None:

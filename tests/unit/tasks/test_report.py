@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import data_report, evaluation_report, headlines, page, report
+from tasks import data_report, evaluation_report, page, report
 from tasks.gates import GateResult
 from tasks.stages import Stage, StageRef, run
 
@@ -269,14 +269,3 @@ def test_report_is_written_whole_with_its_folder(summary, tmp_path):
 )
 def test_duration_reads_as_people_say_it(seconds, text):
     assert page.duration(seconds) == text
-
-
-def test_a_cached_step_has_the_time_and_the_gpu_hours_that_it_took():
-    made = {"accuracy": 0.9, "gpus": 2}
-    refs = [
-        StageRef("reward", "f", "d", "p", True, 1800.0, made),
-        StageRef("sft", "f", "d", "p", False, 36.0, {"perplexity": 2}),
-    ]
-    reward, sft = headlines.rows(refs)
-    assert (reward.cached, reward.seconds, reward.gpu_hours) == (True, 1800.0, 1.0)
-    assert (sft.cached, sft.seconds, sft.gpu_hours) == (False, 36.0, 0.0)

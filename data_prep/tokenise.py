@@ -52,7 +52,6 @@ SCHEMAS = {
     "judge": _PAIR_IDS,
     "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), ("source", pa.string()), ("group", pa.string())]),
 }
-PAIRED = ("reward", "judge")
 KEPT = ("source", "group", "weight")  # as they are, where the schema has them
 # Which answers of a pair each phase reads, and what the column is called there.
 ANSWERS: dict[str, dict[str, str]] = {
@@ -100,12 +99,17 @@ def tokenise(
     metrics: dict[str, dict[str, Any]] = {}
     for phase, side, name in files:
         own = split_dir / name
-        others = held_out if side == "eval" and phase in PAIRED else []
+        others = held_out if side == "eval" and _reads_pairs(phase) else []
         paths = [own, *(path for path in others if path != own)]
         counts = _tokenise_file(paths, phase, (tokenizer_dir, trusted), limits, out / name, mapped)
         metrics.setdefault(phase, {})[side] = counts
         _check_left(phase, side, counts, limits)
     return metrics
+
+
+def _reads_pairs(phase: str) -> bool:
+    """Whether a model of this phase learns which of two answers is better."""
+    return "rejected" in ANSWERS[phase]
 
 
 def _check_left(phase: str, side: str, counts: dict[str, Any], limits: Limits) -> None:
@@ -130,7 +134,7 @@ def _tokenise_file(
         seen: set[bytes] = set()
         worse = _rejected(paths) if phase == "sft" else frozenset()
         for batch in _batches(paths):
-            if phase in PAIRED:
+            if _reads_pairs(phase):
                 batch = [row for row in batch if row["rejected"]]
             rows_in += len(batch)
             good = (

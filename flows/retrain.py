@@ -6,7 +6,7 @@ finished is never made again. What the run came to is written to a report.
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -82,15 +82,7 @@ class Outcome:
         self.refs: Refs = {}
         self.registration: Registration | None = None
         self.verdict: Verdict | None = None
-        self.seconds: dict[str, float] = {}
-        """Of the steps that leave no stage directory."""
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """The block is this step, or a part of it."""
-        began = time.monotonic()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - began
+        self.promotion_seconds = 0.0
 
 
 def _run_name() -> str:
@@ -194,8 +186,7 @@ def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
     if "verdicts" in run.graph:
         refs["verdicts"] = train.verdicts(run, refs, return_state=True).result()
         yield
-    with outcome.timed("register"):
-        outcome.registration = register_models(run.store, run.config, refs, run.run_id, return_state=True).result()
+    outcome.registration = register_models(run.store, run.config, refs, run.run_id, return_state=True).result()
     if run.choice.until == "register":
         return
     judgement = _judged(run, outcome.registration, refs)
@@ -207,10 +198,11 @@ def _decide(run: Run, outcome: Outcome, waiting: Waiting) -> None:
     made, judgement = waiting.registration, waiting.judgement
     outcome.refs, outcome.registration = dict(waiting.refs), made
     said = consent(run, waiting)
-    with outcome.timed("promote"):
-        outcome.verdict = promotion(
-            made.policy, made.policy_version, str(dag.workspace(run.config)), judgement, consent=said
-        )
+    began = time.monotonic()
+    outcome.verdict = promotion(
+        made.policy, made.policy_version, str(dag.workspace(run.config)), judgement, consent=said
+    )
+    outcome.promotion_seconds = time.monotonic() - began
 
 
 def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
@@ -275,10 +267,10 @@ def _last_rows(outcome: Outcome) -> list[StepRow]:
     lines = []
     if made := outcome.registration:
         metric = ", ".join(f"{name} {number}" for name, number in made.versions.items())
-        lines.append(StepRow("register", outcome.seconds.get("register", 0.0), made.cached, metric))
+        lines.append(StepRow("register", made.seconds, made.cached, metric))
     if outcome.verdict:
         metric = "promoted" if outcome.verdict.promoted else "champion unchanged"
-        lines.append(StepRow("promote", outcome.seconds["promote"], False, metric))
+        lines.append(StepRow("promote", outcome.promotion_seconds, False, metric))
     return lines
 
 

@@ -140,12 +140,7 @@ def summary(verdicts: Sequence[Row]) -> dict[str, Any]:
 
 def _rate(judged: Sequence[Row]) -> dict[str, float]:
     rate = estimate(np.array([row["won"] for row in judged]))
-    return {
-        "prompts": len(judged),
-        "win_rate": rate.value,
-        "win_rate_low": rate.lower,
-        "win_rate_high": rate.upper,
-    }
+    return {"prompts": len(judged), **rate.named("win_rate")}
 
 
 class Api:

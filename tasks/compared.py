@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tasks import diversity
-from tasks.paired import Estimate, estimate, length_controlled, standardised_gain, wins
+from tasks.paired import estimate, length_controlled, standardised_gain, wins
 
 Row = Mapping[str, Any]
 PROXY, GOLD = "reward", "gold"
@@ -40,33 +40,33 @@ def comparison(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
     each with its 95 % interval as `_low` and `_high`; with both scorers also `win_rate_gap` and `gain_gap`, proxy minus
     gold; `per_source`.
     """
-    found: dict[str, Any] = {"prompts": len(rows)}
+    found = _contest(rows, first, second)
     for scorer in scorers(rows, first):
-        prefix, (ours, theirs) = SCORERS[scorer], scores(rows, first, second, scorer)
-        found |= _named(f"{prefix}win_rate", estimate(wins(ours, theirs)))
-        controlled = length_controlled(wins(ours, theirs), longer_by(rows, first, second))
-        found |= _named(f"{prefix}length_controlled_win_rate", controlled)
-        found |= _named(f"{prefix}gain", standardised_gain(ours, theirs))
-    if "gold_win_rate" in found:
-        found |= _named("win_rate_gap", estimate(win_gap(rows, first, second)))
+        found |= standardised_gain(*scores(rows, first, second, scorer)).named(f"{SCORERS[scorer]}gain")
+    if "gold_gain" in found:
         found["gain_gap"] = found["gain"] - found["gold_gain"]
     return found | {"per_source": per_source(rows, first, second)}
 
 
 def per_source(rows: Sequence[Row], first: str, second: str) -> dict[str, dict[str, Any]]:
     """Source -> prompts, the figures of `comparison` but the gains, and what was `measured` of the first's answers."""
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     for source in sorted({row["source"] for row in rows}):
         part = [row for row in rows if row["source"] == source]
-        found[source] = {"prompts": len(part)}
-        for scorer in scorers(rows, first):
-            prefix, won = SCORERS[scorer], wins(*scores(part, first, second, scorer))
-            found[source] |= _named(f"{prefix}win_rate", estimate(won))
-            controlled = length_controlled(won, longer_by(part, first, second))
-            found[source] |= _named(f"{prefix}length_controlled_win_rate", controlled)
-        if "gold_win_rate" in found[source]:
-            found[source] |= _named("win_rate_gap", estimate(win_gap(part, first, second)))
-        found[source] |= measured(part, first)
+        found[source] = _contest(part, first, second) | measured(part, first)
+    return found
+
+
+def _contest(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
+    """How many prompts there are, and what of them the first wins: by each scorer, at equal length, the gap."""
+    found: dict[str, Any] = {"prompts": len(rows)}
+    longer = longer_by(rows, first, second)
+    for scorer in scorers(rows, first):
+        prefix, won = SCORERS[scorer], wins(*scores(rows, first, second, scorer))
+        found |= estimate(won).named(f"{prefix}win_rate")
+        found |= length_controlled(won, longer).named(f"{prefix}length_controlled_win_rate")
+    if "gold_win_rate" in found:
+        found |= estimate(win_gap(rows, first, second)).named("win_rate_gap")
     return found
 
 
@@ -108,7 +108,3 @@ def win_gap(rows: Sequence[Row], first: str, second: str) -> np.ndarray:
 def column_of(rows: Sequence[Row], name: str, column: str) -> np.ndarray:
     """A column of one model's answers as floats, [prompts]."""
     return np.array([float(row[f"{name}_{column}"]) for row in rows])
-
-
-def _named(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.lower, f"{name}_high": found.upper}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks import json_lines
 from tasks.stages import RECORDS
 
 Rows = Sequence[Mapping[str, float]]
@@ -73,11 +74,8 @@ def curves(directories: Mapping[str, Path]) -> bytes | None:
 
 def read_pools(directory: Path) -> list[dict[str, float]]:
     """What `evaluate` found along PPO's way, a row per pool; nothing where no gold reward model scored it."""
-    try:
-        lines = (directory / "pools.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    return [row for row in map(json.loads, lines) if "gold" in row]
+    path = directory / "pools.jsonl"
+    return [row for row in json_lines.read_rows(path) if "gold" in row] if path.is_file() else []
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

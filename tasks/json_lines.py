@@ -17,3 +17,17 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="\n") as lines:
         return [json.loads(line) for line in lines]
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the rows of steps after this one, which a resumed stage makes again, and one that a kill cut short."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")

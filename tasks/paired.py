@@ -26,6 +26,10 @@ class Estimate:
     lower: float
     upper: float
 
+    def named(self, name: str) -> dict[str, float]:
+        """As metrics: `name`, `name_low`, `name_high`."""
+        return {name: self.value, f"{name}_low": self.lower, f"{name}_high": self.upper}
+
 
 def wins(first: Array, second: Array) -> Array:
     """1 where the first has the higher score, 1/2 in a tie, 0 where the second has; [prompts]."""

@@ -11,6 +11,7 @@ MLmodel may not be written into a finished stage, and the model shall stay when 
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ class Registration:
     directory: str
     cached: bool
     """All were registered before and their files are whole: nothing was done."""
+    seconds: float = 0.0
+    """What it took; if nothing was done, what it took then to link the models' folders."""
 
     @property
     def versions(self) -> dict[str, int]:
@@ -83,6 +86,7 @@ def register(
     store: tracking.Store, config: RunConfig, refs: Mapping[str, StageRef], run_id: str | None
 ) -> Registration:
     """What `register_models` does, without Prefect."""
+    began = time.monotonic()
     stage = registration_stage(config, refs)
     folder = run(stage, lambda directory: _link_models(directory, config, refs))
     made = models(config, refs)
@@ -111,6 +115,7 @@ def register(
         numbers.get("ema"),
         folder.path,
         cached,
+        folder.seconds if cached else time.monotonic() - began,
     )
 
 

@@ -25,6 +25,7 @@ import torch
 
 from data_prep import trained
 from infra.launch import STOPPED, report_metrics, report_progress
+from tasks.json_lines import cut_back
 from tasks.profiling import profiled
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
@@ -205,20 +206,11 @@ class MetricRows:
         self.cut = False
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not self.cut and self.path.exists():
-            resumed = checkpoint_step(self.directory) or 0
-            kept = [line for line in self.path.read_text().splitlines() if self._step(line) <= resumed]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        if not self.cut:
+            cut_back(self.path, checkpoint_step(self.directory) or 0)
         self.cut = True
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-    @staticmethod
-    def _step(line: str) -> float:
-        try:
-            return float(json.loads(line)["step"])
-        except ValueError:
-            return float("inf")  # cut short by a kill
 
 
 class Progress:

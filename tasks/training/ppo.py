@@ -40,6 +40,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.tables import read_table
 from data_prep.tokenizer import load_tokenizer, same_tokens
+from tasks import json_lines
 from tasks.config import LimitsConfig, PPOConfig
 from tasks.training import checkpoint, samples
 from tasks.training.advantages import Moments
@@ -103,7 +104,7 @@ def run(job: Job) -> dict[str, Any]:
         begin = resumed[0]
         state = take_up(resumed[1], ema)
     if rank() == 0:
-        samples.cut_back(job.directory, begin)
+        json_lines.cut_back(job.directory / samples.SAMPLES, begin)
     kept: dict[str, Any] = {}
     for step in range(begin, config.steps):
         metrics = train_on_pool(job, config, networks, ema, data, state, step)

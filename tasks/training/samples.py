@@ -32,19 +32,3 @@ def keep(directory: Path, step: int, scored: "Scored") -> None:
             prompt = sequences.input_ids[place, :start][sequences.attention_mask[place, :start]].tolist()
             row = {"step": step + 1, "prompt": prompt, "answer": answers[place], "reward": score, "kl": kl[place]}
             file.write(json.dumps(row) + "\n")
-
-
-def cut_back(directory: Path, step: int) -> None:
-    """Drop the answers of pools after `step`, which a resumed run makes again."""
-    path = directory / SAMPLES
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step), encoding="utf-8")
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")  # cut short by a kill

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from tasks.json_lines import cut_back
 from tasks.training import samples
 from tasks.training.batches import positions
 from tasks.training.experience import Scored
@@ -37,9 +38,9 @@ def test_a_resumed_run_makes_its_later_answers_again(tmp_path: Path) -> None:
     path = tmp_path / samples.SAMPLES
     with path.open("a") as file:
         file.write('{"step": 1, "pro')
-    samples.cut_back(tmp_path, 2)
+    cut_back(tmp_path / samples.SAMPLES, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 1, 2, 2]
-    samples.cut_back(tmp_path / "none", 2)
+    cut_back(tmp_path / "none" / samples.SAMPLES, 2)
 
 
 def test_the_first_the_last_and_about_twenty_pools_are_kept() -> None:

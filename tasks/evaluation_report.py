@@ -1,6 +1,6 @@
 """What was found of the answers, as the tables of the run's report and of Prefect: win rates, means, samples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ ASKED = {"evaluate": "verdicts", "compare": "verdicts-compare"}
 """Stage -> the one in which a judge behind an API said what it thinks of its answers."""
 LABELS = {"sft": "SFT", "ppo": "PPO", "ema": "Moving average", "champion": "Champion"}
 OF_SOURCES = ("kl", "tokens", "eos_rate", "repetition", "distinct_2")
-"""What is shown of the first model's answers to the prompts of each source."""
+"""What is shown of a model's answers to the prompts of each source."""
 
 
 def win_rates(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
@@ -63,19 +63,32 @@ def _by_api(metrics: Mapping[str, Any], begins: str) -> dict[str, str]:
 
 
 def per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
-    """The same per contest and source, and what the first model's answers are like."""
-    titles = {measure: (title, digits) for measure, title, digits in MEASURES}
+    """The same per contest and source."""
     found = []
-    for stage, begins, label in CONTESTS:
-        first = begins.removesuffix("_") or "ppo"
+    for stage, begins, line, metrics in _by_source(refs):
         asked = metrics_of(refs, ASKED[stage]).get(f"{begins}per_source", {})
-        for source, metrics in metrics_of(refs, stage).get(f"{begins}per_source", {}).items():
-            line = {"contest": label, "source": source} | _line(metrics, "") | {"prompts": f"{metrics['prompts']:,}"}
-            for measure in OF_SOURCES:
-                title, digits = titles[measure]
-                line[title.lower()] = _mean(metrics, first, measure, digits)
-            found.append(line | _by_api(asked.get(source, {}), ""))
+        line |= _line(metrics, "") | {"prompts": f"{metrics['prompts']:,}"}
+        found.append(line | _by_api(asked.get(line["source"], {}), ""))
     return _table(found)
+
+
+def answers_per_source(refs: Mapping[str, StageRef]) -> list[dict[str, str]]:
+    """What the answers of PPO and of the moving average are like, source by source."""
+    titles = {measure: (title, digits) for measure, title, digits in MEASURES if measure in OF_SOURCES}
+    found = []
+    for stage, begins, line, metrics in _by_source(refs):
+        if stage == "evaluate":  # the candidate in `compare` is PPO
+            first = begins.removesuffix("_") or "ppo"
+            means = {title: _mean(metrics, first, measure, digits) for measure, (title, digits) in titles.items()}
+            found.append({"answers of": LABELS[first], "source": line["source"]} | means)
+    return _table(found)
+
+
+def _by_source(refs: Mapping[str, StageRef]) -> Iterator[tuple[str, str, dict[str, str], Mapping[str, Any]]]:
+    """Stage, how its figures begin, the first columns of a line, and the metrics of each contest and source."""
+    for stage, begins, label in CONTESTS:
+        for source, metrics in metrics_of(refs, stage).get(f"{begins}per_source", {}).items():
+            yield stage, begins, {"contest": label, "source": source}, metrics
 
 
 def _line(metrics: Mapping[str, Any], begins: str) -> dict[str, str]:

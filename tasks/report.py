@@ -89,7 +89,7 @@ def render(run: RunSummary) -> str:
         data=data_report.data_table(refs),
         phases=data_report.phase_table(refs),
         win_rates=evaluation_report.win_rates(refs),
-        per_source=evaluation_report.per_source(refs),
+        per_source=[evaluation_report.per_source(refs), evaluation_report.answers_per_source(refs)],
         hacking=evaluation_report.hacking(metrics_of(refs, "evaluate")),
         comparison=evaluation_report.comparison(refs),
         evaluate=metrics_of(refs, "evaluate"),

@@ -269,3 +269,21 @@ def test_report_is_written_whole_with_its_folder(summary, tmp_path):
 )
 def test_duration_reads_as_people_say_it(seconds, text):
     assert page.duration(seconds) == text
+
+
+def test_answers_are_described_source_by_source_for_ppo_and_the_moving_average(refs):
+    own = {"prompts": 3, "win_rate": 0.5, "win_rate_low": 0.25, "win_rate_high": 0.75}
+    of_ppo = {"per_source": {"own": own | {"ppo_kl": 6.25, "ppo_eos_rate": 0.5}}}
+    of_average = {"ema_per_source": {"own": own | {"ema_kl": 2.0, "ema_eos_rate": 1.0}}}
+    found = {**refs, "evaluate": replace(refs["evaluate"], metrics=EVALUATED | of_ppo | of_average)}
+    found["compare"] = replace(refs["evaluate"], stage="compare", metrics=of_ppo)
+    kl, ended = "KL to the SFT model, nats per answer", "Answers that end by themselves"
+    assert evaluation_report.answers_per_source(found) == [
+        {"answers of": "PPO", "source": "own", kl: "6.25", ended: "50.0 %"},
+        {"answers of": "Moving average", "source": "own", kl: "2.00", ended: "100.0 %"},
+    ]
+    assert [line["contest"] for line in evaluation_report.per_source(found)] == [
+        "PPO against SFT",
+        "Moving average against PPO",
+        "Candidate against the champion",
+    ]

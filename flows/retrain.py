@@ -24,6 +24,7 @@ from flows.alone import alone
 from flows.approval import consent, ended
 from flows.prepare import preparation
 from flows.promotion import promotion
+from flows.queued import cancel_covered
 from infra.witness import witnessed
 from tasks import (
     api_judge,
@@ -123,6 +124,7 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     workspace, name = dag.workspace(config), str(flow_run.name)
     waiting = approval.read(workspace, str(flow_run.id))  # this run was suspended, and comes back with an answer
     if waiting is None:
+        cancel_covered()
         config = registered.pinned(config)
         choice.check(dag.graph(config))
         if config.evaluate.api_judge is not None:

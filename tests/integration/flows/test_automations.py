@@ -28,6 +28,7 @@ from prefect.states import Failed, Pending, Running, Suspended
 from flows import deployments
 from flows.approval import Approval, decided, ended
 from flows.automations import TITLES
+from flows.queued import cancel_covered
 from tasks import assets, events
 from tasks.config import ConfigError, parse
 from tasks.gates import GateResult
@@ -180,6 +181,21 @@ def test_changes_that_others_see_start_a_run_and_the_own_ones_none(client: SyncP
     started = [run for run in runs(client, deployed) if run.id != own.id]
     assert len(started) == 2
     assert all(run.parameters["only_if_new"] is True for run in started)
+
+    @flow
+    def beginning(config: dict[str, Any], only_if_new: bool) -> None:
+        cancel_covered()
+
+    by_hand = client.create_flow_run_from_deployment(deployed)
+    changed = client.create_flow_run_from_deployment(deployed, parameters={"only_if_new": False})
+    run_flow(beginning, flow_run=changed)
+    assert all(client.read_flow_run(run.id).state.is_scheduled() for run in started)  # they would do something else
+    run_flow(beginning, flow_run=started[0])
+    first, second, other_ = (client.read_flow_run(run.id).state for run in (*started, by_hand))
+    assert first.is_completed()
+    assert second.is_cancelled()
+    assert f"The run {started[0].name} began after this" in second.message
+    assert other_.is_scheduled()
 
 
 def test_a_champion_below_its_gate_starts_a_run_in_any_case(client: SyncPrefectClient, deployed: UUID) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tasks.training.packing import packed
+from tasks.training.packing import on_device, packed
 from tasks.training.ranks import rank, world_size
 from tasks.training.types import LanguageBatch, PairBatch, Sequences
 
@@ -65,9 +65,8 @@ def language_batch(rows: Sequence[Mapping[str, Any]], device: torch.device, prom
         for begin, row in zip(begins, rows, strict=False)  # the last one begins no row
         for place in (range(1, language_tokens(row)) if prompt_loss else learnt_places(row))
     ]
-    # To the device last: what is copied there waits for the step before.
     row = packed([row["prompt"] + row["answer"] for row in rows], device)
-    return LanguageBatch(row, torch.tensor(learnt, device=device))
+    return LanguageBatch(row, on_device(torch.tensor(learnt), device))
 
 
 def learnt_places(row: Mapping[str, Any]) -> list[int]:
@@ -89,7 +88,7 @@ def language_tokens(row: Mapping[str, Any]) -> int:
 def pair_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> PairBatch:
     """Rows with `prompt`, `chosen` and `rejected` token ids -> chosen and rejected answers in one packed row."""
     row = packed([row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows], device)
-    weight = torch.tensor([row["weight"] for row in rows], dtype=torch.float32, device=device)
+    weight = on_device(torch.tensor([row["weight"] for row in rows], dtype=torch.float32), device)
     return PairBatch(row, row.cu_seqlens[1:].long() - 1, weight)
 
 
@@ -121,8 +120,8 @@ def _padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, le
         place = slice(width - len(row), width) if left else slice(0, len(row))
         input_ids[index, place] = torch.tensor(row)
         mask[index, place] = True
-    mask = mask.to(device)
-    return Sequences(input_ids.to(device), mask, positions(mask))
+    mask = on_device(mask, device)
+    return Sequences(on_device(input_ids, device), mask, positions(mask))
 
 
 def at(values: Tensor, index: Tensor) -> Tensor:

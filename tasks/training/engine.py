@@ -202,7 +202,7 @@ def train_engine(
     if world_size() == 1:
         from tasks.training.one_rank import take_over
 
-        take_over(engine, config.compile_layers)
+        take_over(engine)
     _announce_head(model)
     engine.train()
     return TrainEngine(engine, device)

@@ -3,12 +3,12 @@
 DeepSpeed casts each gradient to fp32, adds it to zeros, casts the sum to bf16 and back for a reduction over ranks,
 scales it by 1 / ranks and by the clipping, sums its squares, lets Adam read it, and sets it to zero twice: 88 bytes of
 traffic a parameter and step. On one rank there is no one to reduce with, the first gradient can overwrite the last
-step's, and Adam can clip as it reads and write the bf16 weights as it writes the master weights: 40 bytes. What is
-saved in checkpoints stays DeepSpeed's.
+step's, and Adam can clip as it reads and write the bf16 weights as it writes the master weights: 40 bytes, or 34 where
+a step has one micro-batch, whose gradients stay the bf16 that they are. What is saved in checkpoints stays DeepSpeed's.
 """
 
 import math
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,15 +19,39 @@ from torch import Tensor
 class OneRankOptimizer(BF16_Optimizer):
     """Takes the place of the optimizer of an engine; see `take_over`."""
 
-    compiled = False
-    """Whether Adam is one compiled kernel; otherwise it is torch's own, after clipping."""
+    alone = False
+    """Whether the step's micro-batch is its only one, so that no gradients are added up."""
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """DeepSpeed tells it before each micro-batch whether the step's last one comes."""
+        self.alone = is_boundary and not any(map(any, self.fp32_groups_has_gradients))
+
+    @cached_property
+    def _bf16_gradients_flat(self) -> list[Tensor]:
+        """The flat buffers for gradients, their first half taken as bf16."""
+        return [flat.view(torch.bfloat16)[: len(flat)] for flat in self.fp32_groups_gradients_flat]
+
+    @cached_property
+    def _bf16_gradients(self) -> list[list[Tensor]]:
+        return [
+            self._split_flat_tensor(flat, [weights.numel() for weights in group])
+            for flat, group in zip(self._bf16_gradients_flat, self.bf16_groups, strict=True)
+        ]
+
+    @property
+    def _gradients_flat(self) -> list[Tensor]:
+        return self._bf16_gradients_flat if self.alone else self.fp32_groups_gradients_flat
+
+    @property
+    def _gradients(self) -> list[list[Tensor]]:
+        return self._bf16_gradients if self.alone else self.fp32_groups_gradients
 
     @torch.no_grad()
     def _update_hp_grad(self, lp: Tensor, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
         """Called after each parameter's gradient is made."""
         if lp.grad is None:
             return
-        total, gradient = self.fp32_groups_gradients[group_idx][param_idx], lp.grad.reshape(-1)
+        total, gradient = self._gradients[group_idx][param_idx], lp.grad.reshape(-1)
         if self.fp32_groups_has_gradients[group_idx][param_idx]:
             total.add_(gradient)
         else:
@@ -42,11 +66,14 @@ class OneRankOptimizer(BF16_Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Waits for the gradients' norm; the update itself is left to the GPU."""
-        for group, made in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
+        for group, made, flat in zip(
+            self._gradients, self.fp32_groups_has_gradients, self._gradients_flat, strict=True
+        ):
+            flat[sum(map(len, group)) :].zero_()  # DeepSpeed's padding, where the other kind of gradients may lie
             for gradient, is_made in zip(group, made, strict=True):
                 if not is_made:
                     gradient.zero_()
-        norms = torch.stack([torch.linalg.vector_norm(flat) for flat in self.fp32_groups_gradients_flat])
+        norms = torch.stack([torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in self._gradients_flat])
         self._global_grad_norm = float(torch.linalg.vector_norm(norms))
         self.overflow = not math.isfinite(self._global_grad_norm)
         if not self.overflow:
@@ -58,81 +85,47 @@ class OneRankOptimizer(BF16_Optimizer):
         flats = zip(
             self.optimizer.param_groups,
             self.fp32_groups_flat_partition,
-            self.fp32_groups_gradients_flat,
+            self._gradients_flat,
             self.bf16_groups_flat,
             strict=True,
         )
-        if self.compiled:
+        if self.bf16_groups_flat[0].is_cuda:
             for group, master, gradient, weights in flats:
                 self._adam(group, master, gradient, weights, clipping)
         else:
             for _, master, gradient, _ in flats:
-                master.grad = gradient.mul_(clipping) if clipping < 1 else gradient
+                master.grad = gradient.float().mul_(clipping)
             self.optimizer.step()
             for master, weights in zip(self.fp32_groups_flat_partition, self.bf16_groups_flat, strict=True):
                 weights.copy_(master)
         self._lazy_init_hp_params_optimizer_state()
 
     def _adam(self, group: dict[str, Any], master: Tensor, gradient: Tensor, weights: Tensor, clipping: float) -> None:
+        from tasks.training.adam_triton import adam
+
         state = self.optimizer.state[master]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         state["step"] += 1
-        # On the GPU, since a number that changed would be compiled anew.
-        factors = torch.tensor(factors_of(group, float(state["step"]), clipping), device=master.device)
-        _compiled_adam()(
+        adam(
             master.data,
             state["exp_avg"],
             state["exp_avg_sq"],
             gradient,
             weights.data,
-            factors,
-            *group["betas"],
-            group["eps"],
+            step=int(state["step"]),
+            clipping=clipping,
+            rate=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            decay=group["weight_decay"],
         )
 
 
-def take_over(engine: Any, compiled: bool) -> None:
+def take_over(engine: Any) -> None:
     """Let a DeepSpeed engine of one rank step by `OneRankOptimizer`, if its optimizer is the one for bf16."""
     if type(engine.optimizer) is not BF16_Optimizer:
         return
     engine.optimizer.__class__ = OneRankOptimizer
-    engine.optimizer.compiled = compiled
     engine.enable_backward_allreduce = False
-
-
-def adam(
-    master: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    gradient: Tensor,
-    weights: Tensor,
-    factors: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    """One step of AdamW as torch's (Loshchilov & Hutter 2019, algorithm 2), in place.
-
-    Args:
-        master, mean, square: [N] fp32, changed; weights: [N] bf16, the new master weights.
-        gradient: [N] fp32.
-        factors: [4] fp32, of `factors_of`.
-    """
-    clipped = gradient * factors[0]
-    mean.lerp_(clipped, 1 - beta1)
-    square.mul_(beta2).add_(clipped * clipped * (1 - beta2))
-    master.copy_(master * factors[1] - factors[2] * mean / (square.sqrt() / factors[3] + eps))
-    weights.copy_(master)
-
-
-def factors_of(group: dict[str, Any], steps: float, clipping: float) -> list[float]:
-    """What changes from step to step: clipping; 1 - rate x decay; rate / (1 - beta1^steps); (1 - beta2^steps)^1/2."""
-    (beta1, beta2), rate = group["betas"], float(group["lr"])
-    return [clipping, 1 - rate * group["weight_decay"], rate / (1 - beta1**steps), (1 - beta2**steps) ** 0.5]
-
-
-@cache
-def _compiled_adam() -> Any:
-    return torch.compile(adam)

@@ -66,12 +66,13 @@ def in_few_shapes(row: Packed, tokens: int = 2048, samples: int = 64) -> Packed:
     end = begin + -begin % tokens
     ends = [*range(begin + longest, end, longest), *([end] if end > begin else [])]
     ends += [end] * (-(len(row.cu_seqlens) - 1 + len(ends)) % samples)
+    more = on_device(torch.tensor(ends, dtype=torch.int32), row.cu_seqlens.device)
     return Packed(
         input_ids=F.pad(row.input_ids, (0, end - begin)),
         position_ids=torch.cat(
             [row.position_ids, torch.arange(end - begin, device=row.input_ids.device)[None] % longest], 1
         ),
-        cu_seqlens=torch.cat([row.cu_seqlens, row.cu_seqlens.new_tensor(ends)]),
+        cu_seqlens=torch.cat([row.cu_seqlens, more]),
         max_seqlen=1 << (longest - 1).bit_length(),
     )
 
@@ -83,8 +84,13 @@ def packed(samples: Sequence[Sequence[int]], device: torch.device) -> Packed:
     places = torch.cat([torch.arange(length) for length in lengths])
     ids = torch.tensor([token for sample in samples for token in sample])
     return Packed(
-        input_ids=ids.unsqueeze(0).to(device),
-        position_ids=places.unsqueeze(0).to(device),
-        cu_seqlens=ends.to(device, torch.int32),
+        input_ids=on_device(ids.unsqueeze(0), device),
+        position_ids=on_device(places.unsqueeze(0), device),
+        cu_seqlens=on_device(ends.int(), device),
         max_seqlen=max(lengths),
     )
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor copied to the device, without a wait for what the GPU is doing before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

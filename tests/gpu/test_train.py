@@ -176,3 +176,22 @@ def test_three_steps_of_compiled_layers_and_flat_buffers_are_those_of_plain_torc
     if exact:  # bf16 weights round their own changes away; there the losses tell
         change = flat(engine.module.model) - before
         assert torch.nn.functional.cosine_similarity(change, eager["change"], dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_in_one_pass_is_torchs(device, dtype):
+    from tasks.training.adam_triton import adam
+
+    size, settings = 5003, {"betas": (0.9, 0.95), "eps": 1e-8}
+    draw = torch.Generator(device).manual_seed(0)
+    start = torch.randn(size, generator=draw, device=device)
+    parameter = torch.nn.Parameter(start.double())
+    reference = torch.optim.AdamW([parameter], lr=3e-3, weight_decay=0.1, **settings)
+    master, mean, square, weights = start.clone(), *torch.zeros(2, size, device=device), start.bfloat16()
+    for step in range(1, 5):
+        gradient = torch.randn(size, generator=draw, device=device).to(dtype)
+        parameter.grad = gradient.double() / 4
+        reference.step()
+        adam(master, mean, square, gradient, weights, step, clipping=0.25, rate=3e-3, decay=0.1, **settings)
+    torch.testing.assert_close(master, parameter.detach().float(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(weights, master.bfloat16())

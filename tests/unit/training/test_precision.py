@@ -66,6 +66,16 @@ def test_fewer_passes_take_deepspeeds_own_steps(one_rank, monkeypatch, micro_bat
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
 
 
+def test_steps_of_one_micro_batch_and_of_several_share_their_buffers(one_rank):
+    """Gradients in bf16, in fp32, and in bf16 again, in the same memory."""
+    ours, exact = (engine_of(one_rank, precision=precision) for precision in ("bf16", "fp32"))
+    for micro_batch in (8, 2, 8, 4):
+        found, expected = (steps(engine, micro_batch, 1)[0] for engine in (ours, exact))
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.01)
+    optimizer = ours.engine.optimizer
+    assert optimizer._bf16_gradients_flat[0].data_ptr() == optimizer.fp32_groups_gradients_flat[0].data_ptr()
+
+
 def test_a_gradient_that_is_no_number_changes_nothing(one_rank):
     engine = engine_of(one_rank, precision="bf16")
     before = weights(engine).clone()
@@ -86,22 +96,3 @@ def test_bf16_resumes_bit_for_bit(one_rank, tmp_path: Path):
     resumed.load(tmp_path)
     steps(resumed, 4, 2)
     assert torch.equal(weights(resumed), weights(whole))
-
-
-def test_adam_in_one_pass_is_torchs(one_rank):
-    from tasks.training.one_rank import adam, factors_of  # imports DeepSpeed, once `one_rank` has set it up
-
-    draw = torch.Generator().manual_seed(0)
-    start = torch.randn(1000, generator=draw)
-    gradients = [torch.randn(1000, generator=draw) for _ in range(4)]
-    parameter = torch.nn.Parameter(start.clone())
-    group = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    reference = torch.optim.AdamW([parameter], **group)
-    master, mean, square, weights = start.clone(), torch.zeros(1000), torch.zeros(1000), start.bfloat16()
-    for step, gradient in enumerate(gradients, 1):
-        parameter.grad = gradient / 4
-        reference.step()
-        factors = factors_of(group, step, 0.25)
-        adam(master, mean, square, gradient, weights, torch.tensor(factors), 0.9, 0.95, 1e-8)
-    torch.testing.assert_close(master, parameter.detach(), rtol=1e-6, atol=1e-7)
-    assert torch.equal(weights, master.bfloat16())

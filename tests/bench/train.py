@@ -66,7 +66,7 @@ class Case:
 CASES = {
     "sft-1.7b-2048": Case("llama-1.7b", False, 8, 8, 16384),
     "sft-real-lengths": Case("smollm2-135m", False, 256, 16, 32768, steps=4),
-    "reward-350m": Case("opt-350m", True, 64, 16, 16384),
+    "reward-350m": Case("opt-350m", True, 64, 16, 65536),
 }
 METRICS = {"mfu": "of 989 TFLOP/s", "tokens_per_s": "tokens/s", "speedup": "x"}
 

@@ -13,7 +13,16 @@ from typing import Any
 
 from data_prep.model_files import TOKENIZER_FILES
 from tasks import untrusted
-from tasks.config import SIX_SETS, UNSUPERVISED, ConfigError, RunConfig, SourceConfig, TinyModel
+from tasks.config import (
+    SIX_SETS,
+    UNSUPERVISED,
+    ConfigError,
+    PPOConfig,
+    RunConfig,
+    SourceConfig,
+    TinyModel,
+    TrainConfig,
+)
 from tasks.stages import Stage, StageRef
 
 STAGES = (
@@ -347,14 +356,13 @@ def _data(config: RunConfig) -> list[Node]:
 
 def _training(config: RunConfig) -> list[Node]:
     """The stages that run in the worker on the infrastructure of the run."""
-    common = {"seed": config.seed}
     answers = {"max_answer_tokens": config.data.max_answer_tokens}
-    sft = {"sft": config.sft.model_dump(mode="json"), **common}
-    reward = {"reward": config.reward.model_dump(mode="json"), **common}
-    ppo = {"ppo": config.ppo.model_dump(mode="json"), **common, **answers}
+    sft = {"sft": _dumped(config.sft), "seed": _seed(config, config.sft)}
+    reward = {"reward": _dumped(config.reward), "seed": _seed(config, config.reward)}
+    ppo = {"ppo": _dumped(config.ppo), "seed": _seed(config, config.ppo), **answers}
     data = {"data": "tokenise", "split": "split"}
     text = {"text": "ptx"} if config.ppo.ptx_coef > 0 else {}
-    gold = {"gold": config.gold.model_dump(mode="json"), "seed": config.seed + 1, "phase": "judge"}
+    gold = {"gold": _dumped(config.gold), "seed": _seed(config, config.gold) + 1, "phase": "judge"}
     return [
         _trained("sft", sft, {**data, "base": "base"}),
         _trained("reward", reward, {**data, "base": _reward_base(config)}),
@@ -370,6 +378,14 @@ def _training(config: RunConfig) -> list[Node]:
         ),
         *([_verdicts(config, "evaluate")] if config.evaluate.api_judge is not None else []),
     ]
+
+
+def _dumped(section: TrainConfig | PPOConfig) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude={"seed"})  # which stands beside the section
+
+
+def _seed(config: RunConfig, section: TrainConfig | PPOConfig) -> int:
+    return config.seed if section.seed is None else section.seed
 
 
 def _reward_base(config: RunConfig) -> str:

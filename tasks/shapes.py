@@ -91,7 +91,7 @@ class Shape:
 
     def saved(self, compiled: bool) -> float:
         """Elements that one layer keeps of each token for its backward pass."""
-        attention = self.query * 2 + 2 * self.key  # query, key, value, and what the output projection reads
+        attention = 4 * self.query  # queries, keys and values, repeated for every head, and what comes out
         if self.family == "gated":
             # Gate, its activation, up and their product; compiled, the activation is made again. Each eager RMSNorm
             # keeps its input in fp32 and its output.

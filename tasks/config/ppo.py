@@ -42,6 +42,8 @@ class LimitsConfig(Section):
 
 
 class PPOConfig(Section):
+    seed: int | None = Field(None, ge=0)
+    """Of PPO's order and answers; null: the run's seed, which also deals the data out."""
     steps: Positive = 200
     """Pools of experience; each is followed by `epochs` passes over its samples."""
     generation_batches: Positive = 1

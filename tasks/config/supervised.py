@@ -10,6 +10,8 @@ class TrainConfig(Section):
     """What SFT and the reward model have in common."""
 
     epochs: Positive = 1
+    seed: int | None = Field(None, ge=0)
+    """Of this stage's order and new weights; null: the run's seed, which also deals the data out."""
     max_steps: Positive | None = None
     """Stop after so many optimizer steps, whatever `epochs` says."""
     batch_size: Positive = 64

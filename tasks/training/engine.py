@@ -332,6 +332,7 @@ def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0) -> d
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
     }
     if config.precision == "bf16" and config.zero_stage == 1:
         # Gradients of micro-batches add up in fp32, and those of all parameters lie flat in two buffers, one per group.

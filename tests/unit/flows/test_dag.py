@@ -54,6 +54,9 @@ def test_every_stage_has_its_code(config: RunConfig) -> None:
         ({"sft__epochs": 2}, {"sft"}),
         ({"reward__epochs": 2}, {"reward", "gold"}),
         ({"gold__epochs": 2}, {"gold"}),
+        ({"ppo__seed": 3}, {"ppo"}),
+        ({"reward__seed": 3}, {"reward", "gold"}),
+        ({"sft__seed": 0}, set()),  # the run's own
         ({"promote__judge": "reward"}, set()),
         ({"evaluate__prompts": 3}, {"evaluate"}),
         ({"data__max_chars": 99}, {"clean:Dahoas/rm-static", "clean:stanfordnlp/SHP"}),

@@ -1,4 +1,4 @@
-"""Three optimizer steps of a tiny Llama; stage -1 is plain torch. Run by test_engine.py and tests/gpu, once per rank."""
+"""Three optimizer steps of a tiny Llama; stage -1 is plain torch. Run by tests, once per rank."""
 
 import argparse
 import json

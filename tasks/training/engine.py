@@ -239,12 +239,12 @@ def gathered(network: nn.Module) -> Iterator[None]:
     """
     import deepspeed
 
-    parts = [parameter for parameter in network.parameters() if parameter.numel() < _elements(parameter)]
-    if not parts:
+    if not any(hasattr(parameter, "ds_id") for parameter in network.parameters()):
         yield
         return
+    parts = [parameter for parameter in network.parameters() if parameter.numel() < _elements(parameter)]
     kinds = ("_forward_pre_hooks", "_forward_hooks")
-    with deepspeed.zero.GatheredParameters(parts):
+    with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
         hooks = [(module, kind, getattr(module, kind)) for module in network.modules() for kind in kinds]
         for module, kind, _ in hooks:
             setattr(module, kind, OrderedDict())

@@ -36,11 +36,11 @@ from tasks.config import EngineConfig, OptimizerConfig, PPOConfig
 from tasks.training import ppo
 from tasks.training.ema import Ema
 from tasks.training.engine import frozen_engine, train_engine
-from tasks.training.experience import Networks
+from tasks.training.experience import GatheredSlots, Networks
 from tasks.training.job import Job
 from tasks.training.lora import Base, add_adapters
 from tasks.training.models import Policy, ScalarModel
-from tasks.training.ranks import world_size
+from tasks.training.ranks import rank, world_size
 from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
 from tests.bench.process import printed_apart, said, start_alone, start_here
 from tests.bench.records import hardware, last, record
@@ -97,6 +97,31 @@ def model_of(auto_class: Any, config: OPTConfig, dtype: torch.dtype, device: tor
     with torch.device(device):
         model = auto_class.from_config(config)
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def partitioned_model_of(auto_class: Any, config: OPTConfig, precision: str, device: torch.device) -> Any:
+    """The same in ZeRO-3's parts: no rank ever holds more than one whole module.
+
+    Each rank draws its own part of the matrices.
+    """
+    import deepspeed
+    from transformers.initialization import no_init_weights
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": precision == "bf16"},
+        # Else DeepSpeed replaces torch's linear function for good, in every network.
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+    }
+    with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights(), device:
+        model = auto_class.from_config(config)
+    generator = torch.Generator(device).manual_seed(rank())
+    for name, parameter in model.named_parameters():
+        if len(parameter.ds_shape) > 1:
+            parameter.ds_tensor.normal_(0.0, config.init_std, generator=generator)
+        else:  # a norm's weight, or a bias
+            parameter.ds_tensor.fill_(float(name.endswith("weight")))
     return model
 
 
@@ -185,8 +210,10 @@ def networks_of(
 
     def trained(wrapper: Any, auto_class: Any, shape: OPTConfig, network: str) -> Any:
         lora = getattr(config, f"{network}_lora")
-        # An adapted base has no master weights, and in fp32 would not fit.
-        model = model_of(auto_class, shape, torch.float32 if lora is None else half, device)
+        if lora is not None and getattr(config, f"{network}_engine").zero_stage == 3:
+            model = partitioned_model_of(auto_class, shape, size.precision, device)
+        else:  # an adapted base has no master weights, and in fp32 would not fit
+            model = model_of(auto_class, shape, torch.float32 if lora is None else half, device)
         if lora is not None:
             add_adapters(model, lora, network)
         return train_engine(wrapper(model), getattr(config, f"{network}_engine"), adam, 100, device, network)
@@ -199,6 +226,12 @@ def networks_of(
         reference = frozen_engine(same, config.reference_engine, device, "reference")
     reward = ScalarModel(model_of(AutoModelForSequenceClassification, size.critic, half, device))
     rows = min(config.rollout_batch_size // world_size(), 256)
+    longest = (rows, size.prompt, size.answer)
+    sampler: Any = None
+    if config.rollout.gather:
+        sampler = GatheredSlots(policy.module, *longest)
+    elif slots is not None:
+        sampler = slots(policy.module.model, *longest)
     return Networks(
         policy=policy,
         critic=trained(ScalarModel, AutoModelForSequenceClassification, size.critic, "critic"),
@@ -207,7 +240,7 @@ def networks_of(
         score_mean=0.0,
         eos=-1,
         pad=1,
-        slots=None if slots is None else slots(policy.module.model, rows, size.prompt, size.answer),
+        slots=sampler,
     )
 
 

@@ -166,8 +166,6 @@ def settings(
         changed = engine.model_copy(
             update=kept | {"offload_parameters": engine.offload_parameters and stage == 3 and offload}
         )
-        if changed.compile_layers and stage == 3:
-            changed = changed.model_copy(update={"compile_layers": False})
         memory = trained(shape, changed, adapter, load, gpus)
         found.append(Setting(changed, adapter, memory, seconds(shape, changed, adapter, load, gpu)))
     return sorted(found, key=lambda s: (s.lora is not None and lora is None, s.seconds, s.engine.zero_stage))
@@ -231,8 +229,10 @@ def _with_the_others(
     beside = trained(critic, engine, lora, load, gpus)
     # Only one of the two is in its backward pass.
     busy, idle = sorted((option.memory, beside), key=lambda m: m.activations + m.logits + m.step, reverse=True)
-    if not config.rollout.keep_cache:  # it is gone before the first backward pass
-        cache = Memory(cache=max(0.0, cache.cache - busy.activations - busy.logits - busy.step))
+    whole = option.engine.zero_stage == 3 and config.rollout.gather
+    if whole or not config.rollout.keep_cache:  # it is gone before the first backward pass
+        held = cache.cache + (_width(option.engine) * policy.parameters if whole else 0)
+        cache = Memory(cache=max(0.0, held - busy.activations - busy.logits - busy.step))
     total = busy + replace(idle, activations=0, logits=0, step=0) + cache + frozen(critic, config.reward_engine, gpus)
     if option.lora is None:
         total += frozen(policy, config.reference_engine, gpus)

@@ -34,7 +34,8 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
     compile_layers: bool = False
-    """Compile the decoder layers on first use, half a minute; steps on a GPU are faster then. Not with ZeRO 3."""
+    """Compile the decoder layers on first use, half a minute; steps on a GPU are faster then. ZeRO 3 then gathers whole
+    layers."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's own config, as it writes it, such as {fp16: {initial_scale_power: 12}}."""
 
@@ -57,8 +58,6 @@ class EngineConfig(Section):
     def _offload_needs_zero(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; set it, or remove offload_optimizer")
-        if self.compile_layers and self.zero_stage == 3:
-            raise ValueError("compile_layers does not go with zero_stage 3, whose parameters come and go; remove one")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters needs zero_stage 3, not {self.zero_stage}")
         if self.offload_parameters and not self.offload_optimizer:

@@ -21,7 +21,10 @@ class RolloutConfig(Section):
     """How PPO's answers are sampled: in slots, which are refilled as answers end, or by a plain loop over batches."""
 
     engine: Literal["auto", "slots", "plain"] = "auto"
-    """auto: slots where the policy allows it (not under ZeRO-3, nor with top_k or top_p)."""
+    """auto: slots where the policy allows it (not with top_k or top_p, nor under ZeRO-3 without `gather`)."""
+    gather: bool = False
+    """Where ZeRO-3 holds the policy in parts: gather it whole on every GPU for each rollout, not anew for each token.
+    Its weights must fit there beside the cache."""
     slots: Positive | None = None
     """Answers that a process samples at a time, each with its share of the cache; null: the rollout's, at most 256."""
     keep_cache: bool = True

@@ -166,8 +166,8 @@ def decoder_of(model: Any, length: int) -> Decoder:
     config = model.config
     if brings_code(model):
         raise UnsupportedError("the model brings code, which alone knows its forward")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise UnsupportedError("ZeRO-3 holds the policy in parts")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) and model._forward_pre_hooks:
+        raise UnsupportedError("ZeRO-3 holds the policy in parts (ppo.rollout.gather: true makes it whole)")
     window = getattr(config, "sliding_window", None)
     if window is not None and window < length and getattr(config, "use_sliding_window", True):
         raise UnsupportedError(f"the policy attends to the last {window} tokens only, fewer than {length}")

@@ -7,6 +7,7 @@ A pool holds the experience of several rollouts, padded to one shape; a mini-bat
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from tasks.config import PPOConfig
 from tasks.training.advantages import Moments, explained_variance, gae, token_rewards, whiten
 from tasks.training.batches import chunks, left_padded
 from tasks.training.decoder import UnsupportedError
+from tasks.training.engine import gathered
 from tasks.training.job import Job, NotFiniteError
 from tasks.training.kl import kl_estimate
 from tasks.training.logprobs import TokenScores
 from tasks.training.ranks import all_sum, any_rank, rank
 from tasks.training.rollout import generate
-from tasks.training.rollout_slots import Request, Sampling, SlotEngine
+from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
 from tasks.training.types import Engine, Experience, Packed, Rollout, Sequences
 
 MOST_SLOTS = 256
@@ -43,7 +45,7 @@ class Networks(NamedTuple):
     """Subtracted from the reward model's scores: 0 is as good as the held-out chosen answers."""
     eos: int
     pad: int
-    slots: SlotEngine | None = None
+    slots: "SlotEngine | GatheredSlots | None" = None
     """Samples from the policy; None: the plain loop does."""
 
 
@@ -59,7 +61,32 @@ class Scored(NamedTuple):
     scores: Tensor
 
 
-def slot_engine(config: PPOConfig, policy: Engine, prompts: int, longest: tuple[int, int]) -> SlotEngine | None:
+class GatheredSlots:
+    """Slots for a policy that ZeRO-3 holds in parts: it is gathered for each rollout, by an engine that ends with it.
+
+    Args: those of SlotEngine, but the policy's network. Raises UnsupportedError as it does.
+    """
+
+    def __init__(self, network: Any, slots: int, prompt_tokens: int, answer_tokens: int) -> None:
+        self.network, self.size = network, (slots, prompt_tokens, answer_tokens)
+        with gathered(network):
+            SlotEngine(network.model, *self.size)
+
+    def generate(self, request: Request, sampling: Sampling) -> Batch:
+        """As that of SlotEngine; all ranks call it."""
+        with gathered(self.network):
+            engine = SlotEngine(self.network.model, *self.size)
+            batch = engine.generate(request, sampling)
+            engine.shutdown()
+        return batch
+
+    def shutdown(self) -> None:
+        """Nothing is kept between rollouts."""
+
+
+def slot_engine(
+    config: PPOConfig, policy: Engine, prompts: int, longest: tuple[int, int]
+) -> SlotEngine | GatheredSlots | None:
     """The engine that samples from the policy; None where only the plain loop can, or shall.
 
     Args:
@@ -74,7 +101,10 @@ def slot_engine(config: PPOConfig, policy: Engine, prompts: int, longest: tuple[
     try:
         if config.sampling.top_k or config.sampling.top_p < 1:
             raise UnsupportedError("top_k and top_p need the plain loop")
-        return SlotEngine(policy.module.model, min(how.slots or MOST_SLOTS, prompts), *longest)
+        size = (min(how.slots or MOST_SLOTS, prompts), *longest)
+        if how.gather:
+            return GatheredSlots(policy.module, *size)
+        return SlotEngine(policy.module.model, *size)
     except UnsupportedError as error:
         if how.engine == "slots":
             raise ValueError(f"ppo.rollout.engine is slots, but {error}; use auto or plain") from None
@@ -93,18 +123,20 @@ def sample(job: Job, config: PPOConfig, networks: Networks, prompts: list[list[i
         if not config.rollout.keep_cache:
             networks.slots.shutdown()
     else:
-        rollout = generate(
-            module.model,
-            rows,
-            limit,
-            networks.eos,
-            networks.pad,
-            config.sampling.temperature,
-            torch.Generator(job.device).manual_seed(seed),
-            all_done=lambda done: not any_rank(not done, job.device),
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-        )
+        # Compiled layers would be compiled anew for the growing cache, until torch gives up on them, in training too.
+        with gathered(module) if config.rollout.gather else nullcontext(), torch.compiler.set_stance("force_eager"):
+            rollout = generate(
+                module.model,
+                rows,
+                limit,
+                networks.eos,
+                networks.pad,
+                config.sampling.temperature,
+                torch.Generator(job.device).manual_seed(seed),
+                all_done=lambda done: not any_rank(not done, job.device),
+                top_k=config.sampling.top_k,
+                top_p=config.sampling.top_p,
+            )
     module.train()
     return rollout
 

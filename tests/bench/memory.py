@@ -28,8 +28,9 @@ from transformers import OPTConfig
 from tasks import fit
 from tasks.config import EngineConfig, LoraConfig, PPOConfig
 from tasks.shapes import GIB, GPUS, shape_of
+from tasks.training.rollout_slots import SlotEngine
 from tests.bench import ppo
-from tests.bench.process import printed_apart, said, start_alone
+from tests.bench.process import printed_apart, said, start_here
 from tests.bench.records import hardware, record
 
 BATCH = 8
@@ -41,8 +42,10 @@ class Case:
 
     policy: OPTConfig
     gib: int
-    dschat: float
+    dschat: float | None
     """Billions of parameters that DeepSpeed-Chat names for such a GPU."""
+    gpus: int = 1
+    """More than one: the policy under ZeRO-3."""
 
     @property
     def params_b(self) -> float:
@@ -55,7 +58,9 @@ CASES = {
     "40gb": Case(ppo.opt(5120, 40, 40), 40, 6.7),
     "48gb": Case(ppo.opt(5120, 40, 40), 48, 6.7),
     "80gb": Case(ppo.opt(7168, 48, 56), 80, 13.0),
+    "30b-zero3-2gpu": Case(ppo.opt(7168, 48, 56), 141, None, gpus=2),
 }
+ON_ONE = [name for name, case in CASES.items() if case.gpus == 1]
 
 
 def size_of(case: Case, tiny: bool) -> ppo.Size:
@@ -63,7 +68,7 @@ def size_of(case: Case, tiny: bool) -> ppo.Size:
     return replace(size, batch=BATCH, micro_batch=4, repeats=3, compiled=False)
 
 
-def config_of(size: ppo.Size) -> PPOConfig:
+def config_of(size: ppo.Size, gpus: int = 1, each_token: bool = False) -> PPOConfig:
     engine = EngineConfig(precision=size.precision, gradient_checkpointing=True)
     frozen = EngineConfig(precision=size.precision)
     return PPOConfig(
@@ -72,8 +77,8 @@ def config_of(size: ppo.Size) -> PPOConfig:
         batch_size=size.batch,
         micro_batch_size=size.micro_batch,
         ema_decay=None,
-        rollout={"keep_cache": False},
-        policy_engine=engine,
+        rollout={"keep_cache": False, "gather": gpus > 1 and not each_token},
+        policy_engine=engine.model_copy(update={"zero_stage": 3}) if gpus > 1 else engine,
         critic_engine=engine,
         reference_engine=frozen,
         reward_engine=frozen,
@@ -82,11 +87,11 @@ def config_of(size: ppo.Size) -> PPOConfig:
     )
 
 
-def predicted(size: ppo.Size) -> fit.Memory:
+def predicted(size: ppo.Size, gpus: int = 1) -> fit.Memory:
     """What `rlhf plan` says of a case."""
-    config = config_of(size)
+    config = config_of(size, gpus)
     policy, critic = (shape_of(shape.to_dict()) for shape in (size.policy, size.critic))
-    options = fit.of_ppo(config, policy, critic, size.prompt, size.answer, 1, GPUS["h100"])
+    options = fit.of_ppo(config, policy, critic, size.prompt, size.answer, gpus, GPUS["h100"])
     own = (config.policy_engine, config.policy_lora)
     return next(option.memory for option in options if (option.engine, option.lora) == own)
 
@@ -99,13 +104,13 @@ def capped(gib: int) -> None:
     torch.cuda.set_per_process_memory_fraction((min(gib * GIB, total) - own) / total)
 
 
-def measured(case: Case, tiny: bool) -> dict[str, float]:
-    device = start_alone("cpu" if tiny else "cuda")
-    if not tiny:
+def measured(case: Case, tiny: bool, each_token: bool = False) -> dict[str, float]:
+    device = start_here("cpu" if tiny else "cuda")
+    if not tiny and case.gpus == 1:
         capped(case.gib)
     size = size_of(case, tiny)
-    config = config_of(size)
-    networks = ppo.networks_of(size, config, device)
+    config = config_of(size, case.gpus, each_token)
+    networks = ppo.networks_of(size, config, device, None if each_token else SlotEngine)
     said("networks made")
     return ppo.measured_steps(size, config, networks, device, size.repeats)
 
@@ -117,28 +122,36 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="measure in small, on a CPU; records nothing")
     parser.add_argument("--here", action="store_true", help="measure the one case in this process, print JSON")
     parser.add_argument("--seconds", type=int, default=140, help="limit of each case")
+    parser.add_argument(
+        "--each-token", action="store_true", help="several GPUs: gather for each token; records nothing"
+    )
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     if options.here:
-        print(json.dumps(measured(CASES[options.cases[0]], options.tiny)))
+        print(json.dumps(measured(CASES[options.cases[0]], options.tiny, options.each_token)))
         return
-    print(f"{'case':8}{'policy':>8}{'predicted':>11}{'measured':>10}{'needed':>8}{'samples/s':>11}   on {hardware()}")
-    for name in options.cases or CASES:
+    print(f"{'case':16}{'policy':>8}{'predicted':>11}{'measured':>10}{'needed':>8}{'samples/s':>11}   on {hardware()}")
+    for name in options.cases or ON_ONE:
         case = CASES[name]
-        memory = predicted(size_of(case, options.tiny))
-        line = f"{name:8}{case.params_b:7.1f}B{memory.allocated / GIB:11.1f}"
+        memory = predicted(size_of(case, options.tiny), case.gpus)
+        line = f"{name:16}{case.params_b:7.1f}B{memory.allocated / GIB:11.1f}"
         if options.predict:
             print(f"{line}{'':10}{memory.needed / GIB:8.1f}")
             continue
         command = [__file__, name, "--here", *(["--tiny"] if options.tiny else [])]
-        printed = printed_apart(name, command, options.seconds)
+        command += ["--each-token"] if options.each_token else []
+        printed = printed_apart(name, command, options.seconds, case.gpus if case.gpus > 1 else 0)
         if printed is None:
             continue
         found: dict[str, Any] = json.loads(printed[-1])
         print(f"{line}{found['peak_gib']:10.1f}{memory.needed / GIB:8.1f}{found['samples_per_s']:11.2f}", flush=True)
-        if not options.tiny:
-            dschat = {"name": "DeepSpeed-Chat", "value": case.dschat, "source": "its README, such a GPU"}
+        parts = ", ".join(f"{part} {found[f'{part}_s']:.2f}" for part in ("generate", "score", "train", "first"))
+        print(f"{'':16}seconds: {parts}", flush=True)
+        if not options.tiny and not options.each_token:
+            dschat = None
+            if case.dschat is not None:
+                dschat = {"name": "DeepSpeed-Chat", "value": case.dschat, "source": "its README, such a GPU"}
             record("memory", name, "params_b", case.params_b, "billions", dschat)
             record("memory", name, "samples_per_s", found["samples_per_s"], "samples/s", None)
             plan = {"name": "rlhf plan", "value": memory.allocated / GIB, "source": "predicted"}

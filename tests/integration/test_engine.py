@@ -51,6 +51,30 @@ def test_every_cut_of_the_batch_gives_the_losses_of_plain_torch(tmp_path, plain,
     assert result["norms"] == pytest.approx(plain["norms"], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("extra", [[], ["--checkpointing"]], ids=["", "recomputed"])
+def test_layers_compiled_under_zero_3_give_the_losses_of_plain_torch(tmp_path, plain, extra):
+    result = run_steps(tmp_path, 2, 3, 20, ["--compiled", *extra])
+    assert result["losses"] == pytest.approx(plain["losses"], abs=2e-5)
+    assert result["norms"] == pytest.approx(plain["norms"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_adapters_of_layers_compiled_under_zero_3_learn_as_those_of_eager_ones(tmp_path):
+    """The first layer's input needs no gradient there: its adapters' gradients are made all the same, and reduced."""
+    results = []
+    for extra in ([], ["--compiled"]):
+        out = tmp_path / "-".join(["run", *extra])
+        out.mkdir()
+        results.append(run_steps(out, 2, 3, 20, ["--lora", *extra]))
+    eager, compiled = results
+    assert compiled["losses"] == pytest.approx(eager["losses"], abs=2e-5)
+    assert compiled["norms"] == pytest.approx(eager["norms"], rel=1e-3)
+    assert compiled["merged_gap"] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("processes", "stage"), [(1, 0), pytest.param(2, 2, marks=SLOW), pytest.param(2, 3, marks=SLOW)], ids=str
 )

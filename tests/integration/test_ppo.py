@@ -16,7 +16,8 @@ from data_prep.tokenise import SCHEMAS
 from data_prep.tokenizer import prompt_ids
 from tasks.base import train_tokenizer
 from tasks.config import PPOConfig
-from tests.ranks import Ranks, after_step, finish, start_stage
+from tests.integration.programs.ppo_steps import differences
+from tests.ranks import Ranks, after_step, finish, start_ranks, start_stage
 from tests.tiny import tiny_llama_for
 
 pytestmark = pytest.mark.slow
@@ -112,3 +113,20 @@ def test_zero_3_takes_the_steps_of_no_zero(tmp_path: Path, inputs: dict[str, Pat
     for whole, partitioned in zip(*histories, strict=True):
         for name in ("ppo/reward", "ppo/kl", "ppo/policy_loss", "ppo/value_loss", "ppo/critic_grad_norm"):
             assert whole[name] == pytest.approx(partitioned[name], rel=2e-2, abs=1e-3), name
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("stage", "epochs"), [(0, 1), (2, 2), (3, 2)], ids=str)
+def test_two_ranks_with_half_of_the_rows_have_the_numbers_of_one(tmp_path: Path, stage: int, epochs: int) -> None:
+    """Advantages after whitening, the adapted KL coefficient, losses and gradient norms, for given answers."""
+    results = []
+    for ranks in (1, 2):
+        program = Path(__file__).parent / "programs" / "ppo_steps.py"
+        finish(start_ranks([program, tmp_path, stage, "--epochs", epochs], ranks))
+        results.append(json.loads((tmp_path / "result.json").read_text()))
+    one, two = results
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert len({pool["ppo/kl_coef"] for pool in one["pools"]}) == 3
+    gaps = differences(one, two)
+    assert max(gaps.values()) < 2e-3, gaps
+    assert gaps["advantages"] < 1e-5

@@ -1,4 +1,4 @@
-"""Three optimizer steps of a tiny Llama; stage -1 is plain torch. Run by test_engine.py, once per rank."""
+"""Three optimizer steps of a tiny Llama; stage -1 is plain torch. Run by tests, once per rank."""
 
 import argparse
 import json
@@ -27,6 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("tokens", type=int)
     parser.add_argument("--until", type=int, default=STEPS)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     policy = Policy(LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **SHAPE)))
@@ -41,10 +45,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) -> dict:
-    device = engine.start("cpu")
-    config = EngineConfig(zero_stage=arguments.stage, precision="fp32")
+    device = engine.start(arguments.device)
+    config = EngineConfig(
+        zero_stage=arguments.stage,
+        precision=arguments.precision,
+        compile_layers=arguments.compiled,
+        gradient_checkpointing=arguments.checkpointing,
+        # Smaller ones would stay whole under ZeRO-3, and here all are small.
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 100}} if arguments.stage == 3 else {},
+    )
     if arguments.lora:
-        before = read(policy, language_batch(rows, device)).detach()
+        before = read(policy.to(device), language_batch(rows, device)).detach()
         add_adapters(policy.model, LoraConfig(rank=2), "lora")
     trained = engine.train_engine(policy, config, OPTIMIZER, STEPS, device, "engine")
     resumed = checkpoint.load(arguments.out / "checkpoints", {"model": trained})
@@ -61,7 +72,7 @@ def with_deepspeed(policy: Policy, rows: list, arguments: argparse.Namespace) ->
 
         tokens = sum(len(batch.learnt) for batch in batches)
         norms.append(trained.optimizer_step(batches, loss_of, tokens).grad_norm)
-        total = all_sum(torch.tensor([float(sum(s.detach() for s in sums)), float(tokens)]))
+        total = all_sum(torch.tensor([float(sum(s.detach() for s in sums)), float(tokens)], device=device))
         losses.append(float(total[0] / total[1]))
     if arguments.until < STEPS:
         checkpoint.save(arguments.out / "checkpoints", arguments.until, {"model": trained}, {})

@@ -418,21 +418,25 @@ def _deepspeed_config(config: EngineConfig, gradient_clipping: float = 0.0, laye
         # Gradients of micro-batches add up in fp32, and those of all parameters lie flat in two buffers, one per group.
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
         ours["bf16"] = {"enabled": True, "immediate_grad_update": True}
-    return _merged(_merged(ours, config.deepspeed), {"zero_optimization": _overlap(config, layer)})
+    return _merged(_merged(ours, config.deepspeed), {"zero_optimization": _fast(config, layer)})
 
 
-def _overlap(config: EngineConfig, layer: int) -> dict[str, Any]:
-    """ZeRO 2 and 3 on several ranks: what hides communication behind the backward pass, where DeepSpeed's does not.
+def _fast(config: EngineConfig, layer: int) -> dict[str, Any]:
+    """Settings of ZeRO 2 and 3 that hide communication behind the backward pass, where DeepSpeed's own do not.
 
-    Gradients go in buckets of 2e8 elements, not 5e8: the last one has nothing to hide behind, and two H200s send 0.4 GB
-    of bf16 in about a millisecond. ZeRO-3 gathers the whole next layer while one computes; DeepSpeed's 5e7 elements are
-    less than a layer of 1.7B, and the rest of it would be waited for.
+    Gradients go in buckets of 2e8 elements, not 5e8: the last one has nothing to hide behind. ZeRO-3 gathers the whole
+    next layer while one computes; DeepSpeed's 5e7 elements are less than a layer of 1.7B, and the rest of it would be
+    waited for. Its own linear function, which takes torch's place in all networks of the process, keeps eager layers
+    from holding what was gathered; compiled ones hold nothing.
     """
-    if world_size() == 1 or config.zero_stage < 2 or config.offload_optimizer:
-        return {}
-    settings: dict[str, Any] = {"overlap_comm": True, "reduce_bucket_size": REDUCED_TOGETHER}
-    if config.zero_stage == 3 and config.compile_layers:
-        settings["stage3_prefetch_bucket_size"] = max(layer, PREFETCHED)
+    settings: dict[str, Any] = {}
+    compiled = config.zero_stage == 3 and config.compile_layers
+    if compiled:
+        settings["memory_efficient_linear"] = False
+    if world_size() > 1 and config.zero_stage >= 2 and not config.offload_optimizer:
+        settings |= {"overlap_comm": True, "reduce_bucket_size": REDUCED_TOGETHER}
+        if compiled:
+            settings["stage3_prefetch_bucket_size"] = max(layer, PREFETCHED)
     return settings
 
 

@@ -360,9 +360,9 @@ def compare_gpus(name: str, options: argparse.Namespace) -> None:
 def show_curves(one: list[list[float]], two: list[list[float]]) -> tuple[float, float]:
     """Print them side by side. Returns: the largest relative difference of a loss, and of a norm."""
     print(f"{'step':>6}{'loss, one':>14}{'several':>14}{'norm, one':>14}{'several':>14}")
-    for step, (alone, shared) in enumerate(zip(one, two, strict=False)):  # one has gone on with other batches
+    for step, (alone, shared) in enumerate(zip(one, two, strict=True)):
         print(f"{step:6}{alone[0]:14.6f}{shared[0]:14.6f}{alone[1]:14.5f}{shared[1]:14.5f}")
-    pairs = list(zip(one, two, strict=False))
+    pairs = list(zip(one, two, strict=True))
     loss, norm = (max(abs(a[part] - b[part]) / abs(a[part]) for a, b in pairs) for part in (0, 1))
     return loss, norm
 

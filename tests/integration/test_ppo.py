@@ -130,3 +130,13 @@ def test_two_ranks_with_half_of_the_rows_have_the_numbers_of_one(tmp_path: Path,
     gaps = differences(one, two)
     assert max(gaps.values()) < 2e-3, gaps
     assert gaps["advantages"] < 1e-5
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [2, 3], ids=["whole", "gathered"])
+def test_slots_of_each_rank_answer_as_the_plain_loop(tmp_path: Path, stage: int) -> None:
+    finish(start_ranks([Path(__file__).parent / "programs" / "rollout_ranks.py", tmp_path, stage], 2))
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [row["rank"] for row in found] == [0, 0, 0, 1, 1, 1]
+    assert all(row["same"] for row in found), found
+    assert max(row["gap"] for row in found) < 1e-4, found

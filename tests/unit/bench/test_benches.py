@@ -29,6 +29,13 @@ def test_train(one_rank: torch.device, name: str, side: str) -> None:
     assert found["mfu"] > 0
 
 
+@pytest.mark.parametrize("side", ["one", "two"])
+def test_train_on_two_gpus_runs_on_one_rank(one_rank: torch.device, side: str) -> None:
+    case = train.small(train.CASES["zero3-2gpu"])
+    found = train.run_side("zero3-2gpu", case, side, TINY)
+    assert len(found["curve"]) == case.warmup + case.steps
+
+
 def test_memory_runs_with_adapters(one_rank: torch.device) -> None:
     assert memory.measured(memory.CASES["32gb"], tiny=True)["samples_per_s"] > 0
 
@@ -52,3 +59,13 @@ def test_a_bench_that_hangs_is_ended_with_all_that_it_started(capfd: pytest.Capt
     assert printed_apart("case", ["-c", "print(1); print(2)"], 20) == ["1", "2"]
     assert printed_apart("case", ["-c", "raise SystemExit('no memory')"], 20) is None
     assert "no memory" in capfd.readouterr().out
+
+
+def test_ranks_are_started_together_and_ended_when_one_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])"
+    assert printed_apart("case", ["-c", program], 60, ranks=2) == ["0 2"]
+    started = time.monotonic()
+    program = "import os, time; os.environ['RANK'] == '1' and exit('out of luck'); time.sleep(60)"
+    assert printed_apart("case", ["-c", program], 60, ranks=2) is None
+    assert time.monotonic() - started < 30
+    assert "case, rank 1, failed:\nout of luck" in capfd.readouterr().out

@@ -152,10 +152,10 @@ def main() -> None:
             dschat = None
             if case.dschat is not None:
                 dschat = {"name": "DeepSpeed-Chat", "value": case.dschat, "source": "its README, such a GPU"}
-            record("memory", name, "params_b", case.params_b, "billions", dschat)
-            record("memory", name, "samples_per_s", found["samples_per_s"], "samples/s", None)
+            record("memory", name, "params_b", case.params_b, "billions", dschat, case.gpus)
+            record("memory", name, "samples_per_s", found["samples_per_s"], "samples/s", None, case.gpus)
             plan = {"name": "rlhf plan", "value": memory.allocated / GIB, "source": "predicted"}
-            record("memory", name, "peak_gib", found["peak_gib"], "GiB", plan)
+            record("memory", name, "peak_gib", found["peak_gib"], "GiB", plan, case.gpus)
 
 
 if __name__ == "__main__":

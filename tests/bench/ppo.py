@@ -335,8 +335,8 @@ def compare_gpus(case: str, chosen: argparse.Namespace) -> None:
     print(f"{case:24}{'speedup':16}{two / one:12.4g}", flush=True)
     if not (chosen.tiny or chosen.eager):
         beside = {"name": "one GPU, 64 rows, same run", "value": one}
-        record("ppo", case, "samples_per_s", two, "samples/s", beside)
-        record("ppo", case, "speedup", two / one, "x", beside)
+        record("ppo", case, "samples_per_s", two, "samples/s", beside, 2)
+        record("ppo", case, "speedup", two / one, "x", beside, 2)
 
 
 def compare_numbers(chosen: argparse.Namespace) -> None:

@@ -15,8 +15,13 @@ HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "deepspeed")
 
 
-def record(bench: str, case: str, metric: str, value: float, unit: str, baseline: dict[str, Any] | None) -> None:
-    """Append a figure. `baseline`: `name`, `value` and, if it is no measurement of the same run, `source`."""
+def record(
+    bench: str, case: str, metric: str, value: float, unit: str, baseline: dict[str, Any] | None, gpus: int = 1
+) -> None:
+    """Append a figure, of so many GPUs.
+
+    `baseline`: `name`, `value` and, if it is no measurement of the same run, `source`.
+    """
     row = {
         "bench": bench,
         "case": case,
@@ -24,7 +29,7 @@ def record(bench: str, case: str, metric: str, value: float, unit: str, baseline
         "value": value,
         "unit": unit,
         "baseline": baseline,
-        "hardware": hardware(),
+        "hardware": hardware() if gpus == 1 else f"{gpus} x {hardware()}",
         "versions": versions(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -348,13 +348,18 @@ def compare_gpus(name: str, options: argparse.Namespace) -> None:
     print(f"largest relative difference: loss {two['loss_gap']:.1e}, gradient norm {norm_gap:.1e}", flush=True)
     if options.tiny:
         return
-    side = {"name": "one GPU, same batches, same run"}
-    record("train", name, "loss_gap", two["loss_gap"], "relative", None)
+    side = {
+        "name": f"one GPU, the better of {case.batch_size} and {case.batch_size // case.gpus} samples a step, same run"
+    }
+    record("train", name, "loss_gap", two["loss_gap"], "relative", None, case.gpus)
     if case.precision == "fp32":
         return
-    for metric, unit, value in (("mfu", METRICS["mfu"] + ", each GPU", one["mfu"]), ("tokens_per_s", "tokens/s", best)):
-        record("train", name, metric, two[metric], unit, side | {"value": value})
-    record("train", name, "speedup", two["speedup"], "x", side | {"value": best})
+    for metric, unit, value in (
+        ("mfu", METRICS["mfu"] + ", each GPU", best / one["tokens_per_s"] * one["mfu"]),
+        ("tokens_per_s", "tokens/s", best),
+    ):
+        record("train", name, metric, two[metric], unit, side | {"value": value}, case.gpus)
+    record("train", name, "speedup", two["speedup"], "x", side | {"value": best}, case.gpus)
 
 
 def show_curves(one: list[list[float]], two: list[list[float]]) -> tuple[float, float]:

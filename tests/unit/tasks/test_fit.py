@@ -1,7 +1,10 @@
 """Memory and time by arithmetic: against transformers' own counts and against what was measured on an H100."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -30,6 +33,7 @@ SHAPES = {
 B17 = Shape("gated", 2048, 8192, 24, 2048, 2048, 49152, tied=True)
 FULL = Load(tokens=8 * 2048, total_tokens=8 * 2048, length=2048)
 H100 = GPUS["h100"]
+BENCH_SHAPES = Path(__file__).parents[2] / "bench" / "shapes"
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -57,6 +61,22 @@ def test_activations_and_time_are_near_those_measured_on_an_h100(compiled: bool,
     states = (2 + 4) * B17.parameters
     assert (states + memory.activations + memory.logits) / GIB == pytest.approx(gib, rel=0.15)
     assert seconds(B17, engine, None, FULL, H100) == pytest.approx(step_s, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("shape", "load", "gib"),
+    [
+        ("llama-1.7b", FULL, 61.0),
+        ("opt-350m", Load(49_300, 49_300, 512, scores_tokens=False), 35.1),
+        ("opt-350m", Load(16_384, 49_300, 512, scores_tokens=False), 15.0),
+        ("smollm2-135m", Load(32_768, 51_000, 200), 21.0),
+    ],
+)
+def test_memory_is_near_the_peaks_of_the_train_bench(shape: str, load: Load, gib: float) -> None:
+    # One H200, compiled layers, bf16 with fp32 master weights.
+    config = yaml.safe_load((BENCH_SHAPES / f"{shape}.yaml").read_text())
+    memory = trained(shape_of(config), EngineConfig(compile_layers=True), None, load, gpus=1)
+    assert memory.allocated / GIB == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 demo     `rlhf run` with everything computed, less the same steps without Prefect and MLflow (a loop over the graph in a
          process of its own, which heeds no metric); and a second run, with all of it cached
          The difference is given twice. `seconds` is over the bare steps alone, whose clock starts when that process has
-         its imports; `seconds_over_bare_run` is over the whole process, less its import of Prefect, which comes with the
-         modules of the steps: it imports what a run needs anyhow, and writes the data's report and the run's, with
+         its imports; `seconds_over_bare_run` is over the whole process, less its import of Prefect, which comes with
+         the steps' modules: it imports what a run needs anyhow, and writes the data's report and the run's, with
          their figures, as a run does. It registers and promotes nothing.
 logs     20,000 lines of a trainer through the way that every step is launched, less a trainer that prints none
 import   `import flows.retrain`

@@ -110,6 +110,8 @@ def prefect_server(*, log: Path, port: int | None = None, blocks: bool = True) -
 
     The UI is at the same address without `/api`. A setting that the environment makes wins over ours. Without `blocks`
     it boots a second faster, and leaves it to the next server to enter Prefect's own block types into the database.
+    It is ready when it has its database and has built its routes: `/api/ready` is the last of them. `/api/health`
+    answers before, and the first request after that waits for up to a second.
     """
     port = port or free_port()
     env = {
@@ -122,7 +124,7 @@ def prefect_server(*, log: Path, port: int | None = None, blocks: bool = True) -
         **({} if blocks else WITHOUT_BLOCKS),
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    return Server("Prefect", command, env, port=port, paths=("/api", "/api/health"), log=log)
+    return Server("Prefect", command, env, port=port, paths=("/api", "/api/ready"), log=log)
 
 
 def mlflow_server(*, store_uri: str, artifacts: Path, log: Path, port: int | None = None) -> Server:

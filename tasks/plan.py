@@ -185,7 +185,15 @@ def check_finished(config: RunConfig, choice: Choice) -> None:
     """ConfigError that names what is missing if a stage before `--from` is not finished."""
     if choice.from_step is None:
         return
-    unfinished = [line.stage for line in plan(config) if choice.must_be_finished(line.stage) and not line.cached]
+    refs: dict[str, StageRef] = {}
+    unfinished = []
+    for node in dag.graph(config).values():
+        if choice.must_be_finished(node.stage):  # its inputs must be too; what comes after is not looked at
+            _, ref = _line(config, Choice(), node, refs)
+            if ref is None:
+                unfinished.append(node.stage)
+            else:
+                refs[node.key] = ref
     missing = list(dict.fromkeys(unfinished))
     if missing:
         raise ConfigError(

@@ -139,13 +139,14 @@ def execute(config: "RunConfig", choice: "Choice", debug: bool) -> "Result":
         State.log = logs / f"{name}.log"
         State.resume = "What is finished stays; run the same command again and it goes on."
         display.waiting("start Prefect and MLflow")
-        from prefect import tags
+        with local.imported():
+            from prefect import tags
 
-        from flows.retrain import Result, retrain
-        from tasks import tracking
-        from tasks.watch import watched_by
+            from flows.retrain import Result, retrain
+            from tasks import tracking
+            from tasks.watch import watched_by
 
-        tracking.open_store(workspace)  # made and migrated while the server boots
+            tracking.open_store(workspace)  # imports MLflow; made and migrated while the server boots
         with server.connected(), local.logged_to(State.log), watched_by(display), tags(config.name):
             display.ended("start Prefect and MLflow")
             flow = retrain.with_options(flow_run_name=name)

@@ -4,11 +4,18 @@
 
 demo     `rlhf run` with everything computed, less the same steps without Prefect and MLflow (a loop over the graph in a
          process of its own, which heeds no metric); and a second run, with all of it cached
+         The difference is given twice. `seconds` is over the bare steps alone, whose clock starts when that process has
+         its imports; `seconds_over_bare_run` is over the whole process, less its import of Prefect, which comes with
+         the steps' modules: it imports what a run needs anyhow, and writes the data's report and the run's, with
+         their figures, as a run does. It registers and promotes nothing.
+         Training alone takes ten seconds more or less from one run to the next, so `seconds_beside_workers` leaves the
+         launched stages out on both sides, by their manifests; what such a stage costs more in a run is not in it.
 logs     20,000 lines of a trainer through the way that every step is launched, less a trainer that prints none
 import   `import flows.retrain`
 
 The stores (Prefect's database, MLflow's) are made before the clock starts. Beside the seconds on the clock stand those
-of the processors, since another program on the machine lengthens the first alone.
+of the processors, and those that other programs took meanwhile (`others`): a difference means something where these are
+small. Other programs lengthen the processors' seconds too, since torch's threads spin while they wait.
 """
 
 import argparse
@@ -36,13 +43,14 @@ TRAINER = "import sys\nfor step in range(int(sys.argv[1])): print(f'step {step} 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds on the clock, and of all processors."""
+    """Seconds on the clock, of the processors, and of the processors for other programs."""
 
     wall: float
     cpu: float
+    others: float
 
     def __sub__(self, other: "Spent") -> "Spent":
-        return Spent(self.wall - other.wall, self.cpu - other.cpu)
+        return Spent(self.wall - other.wall, self.cpu - other.cpu, self.others - other.others)
 
 
 def main() -> None:
@@ -69,27 +77,57 @@ def demo(folder: Path, config: Path) -> list[Any]:
     workspace = folder / "workspace"
     run = [RLHF, "run", str(config), "--set", f"workspace={workspace}"]
     spent_by([*run, "--until", "demo"])  # makes the stores; the demo's raw sets are made anew below
-    output = told_by([sys.executable, __file__, "--bare", str(folder / "bare"), "--config", str(config)])
-    bare = Spent(**json.loads(output.splitlines()[-1]))
-    whole = spent_by([*run, "--from", "demo"])
-    cached = spent_by(run)
-    print(f"bare {bare}\nwhole {whole}\ncached {cached}")
+    process, output = spent_by([sys.executable, __file__, "--bare", str(folder / "bare"), "--config", str(config)])
+    told = {name: Spent(**spent) for name, spent in json.loads(output.splitlines()[-1]).items()}
+    steps, bare_run = told["steps"], process - told["prefect"]
+    whole, _ = spent_by([*run, "--from", "demo"])
+    cached, _ = spent_by(run)
+    print(f"bare steps {steps}\nbare run {bare_run}\nwhole {whole}\ncached {cached}")
+    beside = whole.wall - _by_workers(workspace, config)
+    bare_beside = bare_run.wall - _by_workers(folder / "bare", config)
+    baseline = {"name": "bare run beside its workers", "value": bare_beside}
+    figures: list[Any] = [("demo", "seconds_beside_workers", beside - bare_beside, "s", baseline)]
+    for name, bare_side, suffix in (("bare steps", steps, ""), ("bare run", bare_run, "_over_bare_run")):
+        over = whole - bare_side
+        figures += [
+            ("demo", f"seconds{suffix}", over.wall, "s", {"name": name, "value": bare_side.wall}),
+            ("demo", f"cpu_seconds{suffix}", over.cpu, "s", {"name": name, "value": bare_side.cpu}),
+        ]
     return [
-        ("demo", "seconds", (whole - bare).wall, "s", {"name": "bare steps", "value": bare.wall}),
-        ("demo", "cpu_seconds", (whole - bare).cpu, "s", {"name": "bare steps", "value": bare.cpu}),
+        *figures,
+        ("demo", "others_cpu_seconds", whole.others, "s", {"name": "bare run", "value": bare_run.others}),
         ("demo", "cached_seconds", cached.wall, "s", None),
         ("demo", "cached_cpu_seconds", cached.cpu, "s", None),
     ]
 
 
-def bare(workspace: Path, config: Path) -> None:
-    """The steps up to the evaluation, one after the other, with nobody told."""
-    from data_prep import workers
-    from infra.gpu import GpuInfrastructure
-    from infra.shipped import SHIPPED
-    from tasks import dag, launched, prepare, stages
+def _by_workers(workspace: Path, config: Path) -> float:
+    """Seconds that the launched stages of a workspace took, each made once."""
+    from tasks import dag, stages
     from tasks.config import load
 
+    names = {node.stage for node in dag.graph(load(config)).values() if node.launched}
+    made = [stages.read_manifest(folder) for name in names for folder in (workspace / name).glob("*/")]
+    return sum(manifest["seconds"] for manifest in made if manifest is not None)
+
+
+def bare(workspace: Path, config: Path) -> None:
+    """The steps up to the evaluation, one after the other, with nobody told, and the two reports.
+
+    Prints what the steps took, and what the import of Prefect.
+    """
+    from data_prep import workers
+    from infra.shipped import SHIPPED
+    from tasks import dag, stages
+    from tasks.config import load
+
+    begun = so_far(time.process_time())
+    assert "prefect" not in sys.modules
+    from infra.gpu import GpuInfrastructure
+    from tasks import launched, prepare
+
+    prefect = so_far(time.process_time()) - begun
+    assert "mlflow" not in sys.modules
     parsed = load(config, [f"workspace={workspace}"])
     infrastructure = GpuInfrastructure(**SHIPPED[parsed.infrastructure])
 
@@ -100,15 +138,35 @@ def bare(workspace: Path, config: Path) -> None:
         with workers.over_cores() as mapped:
             return prepare.work(stage, out, mapped)
 
-    begun = Spent(time.monotonic(), time.process_time() + _children())
+    begun = so_far(time.process_time())
     refs: dict[str, stages.StageRef] = {}
     for node in dag.graph(parsed).values():
         stage = dag.stage(parsed, node, refs)
         started = time.monotonic()
         refs[node.key] = stages.run(stage, partial(by_worker if node.launched else here, stage))
         print(f"{node.key:<40}{time.monotonic() - started:6.2f} s", flush=True)
-    spent = Spent(time.monotonic(), time.process_time() + _children()) - begun
-    print(json.dumps(asdict(spent)))
+    steps = so_far(time.process_time()) - begun
+    _report(parsed, refs)
+    print(json.dumps({"steps": asdict(steps), "prefect": asdict(prefect)}))
+
+
+def _report(config: Any, refs: Any) -> None:
+    """The data's report and the run's, as a run writes them."""
+    import yaml
+
+    from tasks import dag, data_report, headlines, report
+
+    data_report.make(config, refs)
+    summary = report.RunSummary(
+        name=config.name,
+        flow_run="bare",
+        verdict="Nobody decided.",
+        promoted=False,
+        rows=headlines.rows(refs.values()),
+        refs=refs,
+        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+    )
+    report.write(dag.workspace(config) / "reports" / "bare.html", summary)
 
 
 def logs(folder: Path, config: Path) -> list[Any]:
@@ -148,8 +206,8 @@ def logs(folder: Path, config: Path) -> list[Any]:
 
 def imports(folder: Path, config: Path) -> list[Any]:
     """The fastest of a few imports, each in a new process."""
-    every = [spent_by([sys.executable, "-c", "import flows.retrain"]) for _ in range(IMPORTS)]
-    nothing = spent_by([sys.executable, "-c", "pass"])
+    every = [spent_by([sys.executable, "-c", "import flows.retrain"])[0] for _ in range(IMPORTS)]
+    nothing, _ = spent_by([sys.executable, "-c", "pass"])
     baseline = {"name": "Python itself", "value": nothing.wall}
     return [
         ("import", "seconds", min(spent.wall for spent in every), "s", baseline),
@@ -160,24 +218,27 @@ def imports(folder: Path, config: Path) -> list[Any]:
 MEASURES = {"demo": demo, "logs": logs, "import": imports}
 
 
-def spent_by(command: list[Any]) -> Spent:
-    """What a command and all below it take."""
-    begun = Spent(time.monotonic(), _children())
-    told_by(command)
-    return Spent(time.monotonic(), _children()) - begun
-
-
-def told_by(command: list[Any]) -> str:
-    """What a command prints; shown as well."""
+def spent_by(command: list[Any]) -> tuple[Spent, str]:
+    """What a command and all below it take, and what it prints; shown as well."""
+    begun = so_far()
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    spent = so_far() - begun
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     print(ended.stdout[-2500:], flush=True)
-    return ended.stdout
+    return spent, ended.stdout
 
 
-def _children() -> float:
+def so_far(own: float = 0.0) -> Spent:
+    """The clock, the processors' seconds of this process's children, with its `own` where given, and of all others."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    used = usage.ru_utime + usage.ru_stime + own
+    return Spent(time.monotonic(), used, _used_by_all() - used)
+
+
+def _used_by_all() -> float:
+    """Seconds that the machine's processors were busy since boot."""
+    user, nice, system, _, _, irq, softirq, *_ = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    return sum(map(int, (user, nice, system, irq, softirq))) / os.sysconf("SC_CLK_TCK")
 
 
 def _options() -> argparse.Namespace:

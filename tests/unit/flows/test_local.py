@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import signal
@@ -95,3 +96,15 @@ def test_sigterm_is_an_exception_in_the_block_only() -> None:
     with pytest.raises(local.Terminated), local.terminated_in_order():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_imported_in_the_block_is_not_collected_again() -> None:
+    gc.collect()
+    before = gc.get_freeze_count()
+    try:
+        with local.imported():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()

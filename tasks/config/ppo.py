@@ -82,6 +82,8 @@ class PPOConfig(Section):
     """Scores of the reward model are clipped to plus or minus this."""
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Taken off the score of an answer that reached its limit without EOS."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Taken off the score for each token of the answer, where the reward model pays for length."""
     whiten_advantages: bool = True
     ptx_coef: float = Field(0.0, ge=0)
     """Weight of the language-model loss on unsupervised text in every policy step; 0: none."""

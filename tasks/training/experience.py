@@ -172,7 +172,7 @@ def experience_of(
     rewards = scored.scores if moments is None else (scored.scores - moments.mean) / moments.std
     if config.reward_clip is not None:
         rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
-    rewards = rewards - config.missing_eos_penalty * (~rollout.ended).float()
+    rewards = rewards - config.missing_eos_penalty * (~rollout.ended).float() - config.length_penalty * mask.sum(1)
     kl = torch.where(mask, kl_estimate(scored.logprobs, scored.reference, config.kl_estimator), 0.0)
     per_token = token_rewards(rewards, kl, mask, kl_coef)
     advantages, returns = gae(per_token, scored.values, mask, config.gamma, config.gae_lambda)

@@ -22,6 +22,7 @@ numbers are those of Huang et al. 2024, "The N+ implementation details of RLHF w
   32  the critic starts from the reward model;  33  value loss clipped, halved, in an optimizer of its own
   35  Adam's eps is 1e-5;  37  losses are token means over the whole optimizer batch
   45  a micro-batch whose mean ratio explodes gives no gradient; log-ratios are clamped before exp()
+Reward models pay for length (Singhal et al. 2023): the score can be lowered by so much a token.
 DeepSpeed-Chat doubles accumulation for PTX and averages EMA per micro-batch; here both belong to the optimizer step.
 """
 

@@ -163,6 +163,20 @@ def test_ptx_adds_the_mean_loss_of_transformers_in_the_same_step():
         assert_close(nets.policy.gradients[f"model.{name}"], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_the_score_is_lowered_for_a_missing_eos_and_for_each_token():
+    config = PPOConfig(**SMALL | {"kl_coef": 0.0}, gae_lambda=1.0, missing_eos_penalty=3.0, length_penalty=0.25)
+    nets = networks()
+    scored = score(config, nets, rollout(nets, tokens=40))
+    made, metrics = experience_of(config, scored, config.kl_coef, None)
+    tokens, ended = made.answer_mask.sum(1), scored.rollout.ended
+    assert len(set(tokens.tolist())) > 1
+    assert ended.tolist().count(False) in range(1, len(ended))
+    for row, length in enumerate(tokens.tolist()):
+        paid = float(scored.scores[row]) - (0.0 if ended[row] else 3.0) - 0.25 * length
+        assert_close(made.returns[row, :length], torch.full((length,), paid), atol=1e-5, rtol=1e-5)
+    assert metrics["ppo/reward"] == pytest.approx(float(scored.scores.mean()))  # as the reward model gave it
+
+
 def test_a_pool_keeps_every_sequence_and_its_rows_are_cut_back():
     config = PPOConfig(**SMALL)
     nets = networks()

@@ -6,8 +6,9 @@ judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt once, w
 that a policy with another tokenizer can be asked the same.  Every answer ends in EOS.  Nothing is cut: what is too long
 is dropped and counted.
 
-The pairs that a reward model is judged on are those held out in any phase, its own first: nothing is trained on them,
-and the more there are, the narrower is the interval of its accuracy.
+What a reward model is judged on, and the prompts that a policy is, are those held out in any phase, their own first:
+nothing is trained on them, and the more there are, the narrower are the intervals of accuracy and win rate. SFT's
+perplexity needs no more than its own.
 """
 
 from collections import Counter, deque
@@ -99,7 +100,7 @@ def tokenise(
     metrics: dict[str, dict[str, Any]] = {}
     for phase, side, name in files:
         own = split_dir / name
-        others = held_out if side == "eval" and _reads_pairs(phase) else []
+        others = held_out if side == "eval" and phase != "sft" else []
         paths = [own, *(path for path in others if path != own)]
         counts = _tokenise_file(paths, phase, (tokenizer_dir, trusted), limits, out / name, mapped)
         metrics.setdefault(phase, {})[side] = counts

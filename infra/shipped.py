@@ -11,6 +11,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "local-cpu": {"device": "cpu", "processes_per_node": 1},
     "local-cpu-2": {"device": "cpu", "processes_per_node": 2},
     "one-gpu": {"device": "cuda", "gpus_per_node": 1},
+    "two-gpus": {"device": "cuda", "gpus_per_node": 2},
     "one-node": {"device": "cuda", "gpus_per_node": 8},
     "two-nodes": {"launcher": "slurm", "nodes": 2, "device": "cuda", "gpus_per_node": 8},
 }

@@ -84,7 +84,7 @@ def gpus() -> Finding:
     count = gpu_count()
     if not count:
         return Finding("note", "none; runs use `infrastructure: local-cpu`, which suits small models only")
-    return Finding("ok", f"{count}; `infrastructure: one-gpu` uses one of them, `one-node` eight")
+    return Finding("ok", f"{count}; `infrastructure: one-gpu` uses one of them, `two-gpus` two, `one-node` eight")
 
 
 def deepspeed() -> Finding:

@@ -105,7 +105,7 @@ class Panel:
 
 
 def held_out_prompts(job: Job, count: int) -> list[dict[str, Any]]:
-    """The first `count` held-out prompts of PPO's phase (their order is that of the data: shuffled by hash).
+    """The first `count` held-out prompts, those of PPO's phase before others (in the order of the data: by hash).
 
     Prompts that a model of this run, or one that it comes from, was trained on are none of them.
     """

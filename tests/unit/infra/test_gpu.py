@@ -16,7 +16,9 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> object:
         yield
 
 
-@pytest.mark.parametrize(("name", "processes"), [("local-cpu", 1), ("local-cpu-2", 2), ("one-gpu", 1), ("one-node", 8)])
+@pytest.mark.parametrize(
+    ("name", "processes"), [("local-cpu", 1), ("local-cpu-2", 2), ("one-gpu", 1), ("two-gpus", 2), ("one-node", 8)]
+)
 def test_shipped_names_need_no_server(monkeypatch: pytest.MonkeyPatch, name: str, processes: int) -> None:
     monkeypatch.setattr(gpu, "gpu_count", lambda: 8)
     assert resolve(name).launch().processes == processes
@@ -24,7 +26,7 @@ def test_shipped_names_need_no_server(monkeypatch: pytest.MonkeyPatch, name: str
 
 def test_every_shipped_block_is_valid() -> None:
     launchers = {name: GpuInfrastructure(**fields).launcher for name, fields in SHIPPED.items()}
-    of_one_machine = dict.fromkeys(["local-cpu", "local-cpu-2", "one-gpu", "one-node"], "torchrun")
+    of_one_machine = dict.fromkeys(["local-cpu", "local-cpu-2", "one-gpu", "two-gpus", "one-node"], "torchrun")
     assert launchers == {**of_one_machine, "two-nodes": "slurm"}
 
 

@@ -70,6 +70,8 @@ class PPOConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     gamma: Ratio = 1.0
     gae_lambda: Ratio = 0.95
+    """Below 1 the critic's estimate stands for what comes some 1 / (1 - lambda) tokens later. A critic that starts as
+    the reward model knows neither penalties nor how answers end, so answers of hundreds of tokens may need 1."""
     clip_range: PositiveFloat = 0.2
     value_clip_range: PositiveFloat = 0.2
     max_approx_kl: PositiveFloat | None = None

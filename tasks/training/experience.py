@@ -179,14 +179,15 @@ def experience_of(
     if config.whiten_advantages:
         advantages = whiten(advantages, mask, all_sum)
     experience = Experience(rollout.sequences, mask, scored.logprobs, scored.values, advantages, returns)
-    return experience, _metrics(scored, kl, returns)
+    return experience, _metrics(scored, kl, returns, per_token.sum(1))
 
 
-def _metrics(scored: Scored, kl: Tensor, returns: Tensor) -> dict[str, float]:
+def _metrics(scored: Scored, kl: Tensor, returns: Tensor, objective: Tensor) -> dict[str, float]:
     rollout, mask = scored.rollout, scored.rollout.answer_mask
     per_answer = means(
         {
             "ppo/reward": scored.scores,
+            "ppo/objective": objective,
             "ppo/kl": kl.sum(1),
             "ppo/answer_tokens": mask.sum(1).float(),
             "ppo/eos_rate": rollout.ended.float(),

@@ -396,8 +396,8 @@ def restore(job: Job, trained: Mapping[str, Engine], ema: Ema | None, why: str) 
     resumed = checkpoint.load(job.checkpoints, trained)
     if resumed is None:
         raise ValueError(
-            f"PPO collapsed before its first checkpoint: {why}; lower ppo.policy_optimizer.learning_rate or raise "
-            "ppo.kl_coef"
+            f"PPO collapsed before its first checkpoint: {why}; lower ppo.policy_optimizer.learning_rate, or raise "
+            "ppo.kl_coef or ppo.gae_lambda"
         )
     return take_up(resumed[1], ema)
 

@@ -175,6 +175,7 @@ def test_the_score_is_lowered_for_a_missing_eos_and_for_each_token():
         paid = float(scored.scores[row]) - (0.0 if ended[row] else 3.0) - 0.25 * length
         assert_close(made.returns[row, :length], torch.full((length,), paid), atol=1e-5, rtol=1e-5)
     assert metrics["ppo/reward"] == pytest.approx(float(scored.scores.mean()))  # as the reward model gave it
+    assert metrics["ppo/objective"] == pytest.approx(float(made.returns[:, 0].mean()), abs=1e-5)  # what PPO maximises
 
 
 def test_a_pool_keeps_every_sequence_and_its_rows_are_cut_back():

@@ -44,6 +44,14 @@ class LimitsConfig(Section):
     """So many rollouts make a mean."""
 
 
+class PPOOptimizerConfig(OptimizerConfig):
+    """Also where a config sets the learning rate alone, eps is that of PPO's implementation detail 35."""
+
+    eps: PositiveFloat = 1e-5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Ratio = 0.0
+
+
 class PPOConfig(Section):
     seed: int | None = Field(None, ge=0)
     """Of PPO's order and answers; null: the run's seed, which also deals the data out."""
@@ -107,13 +115,8 @@ class PPOConfig(Section):
     policy_lora: LoraConfig | None = None
     """Train adapters of the policy; the reference is then the policy without them and takes no memory of its own."""
     critic_lora: LoraConfig | None = None
-    # PPO implementation detail 35: Adam's eps is 1e-5 for both networks.
-    policy_optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=1e-6, eps=1e-5, schedule="linear", warmup_ratio=0.0
-    )
-    critic_optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=5e-6, eps=1e-5, schedule="linear", warmup_ratio=0.0
-    )
+    policy_optimizer: PPOOptimizerConfig = PPOOptimizerConfig(learning_rate=1e-6)
+    critic_optimizer: PPOOptimizerConfig = PPOOptimizerConfig(learning_rate=5e-6)
 
     @property
     def pool_size(self) -> int:

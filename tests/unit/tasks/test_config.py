@@ -89,3 +89,14 @@ def test_what_the_gold_model_does_not_set_is_as_in_the_reward_model() -> None:
     with pytest.raises(ConfigError) as error:
         parse({"reward": {"epochz": 3}})
     assert str(error.value).count("epochz") == 1
+
+
+def test_a_learning_rate_leaves_the_other_settings_of_ppos_optimizers(file: Path) -> None:
+    config = load(file, ["ppo.policy_optimizer.learning_rate=1e-3", "ppo.critic_optimizer.learning_rate=1e-3"])
+    plain = load(file, []).ppo
+    for network in ("policy_optimizer", "critic_optimizer"):
+        found = getattr(config.ppo, network)
+        assert (found.learning_rate, found.eps) == (1e-3, 1e-5)
+        assert found.model_copy(update={"learning_rate": 0.1}) == getattr(plain, network).model_copy(
+            update={"learning_rate": 0.1}
+        )

@@ -89,7 +89,7 @@ def adapters(trained: engine.TrainEngine, rows: list, before: torch.Tensor, fold
     adapted, base = read(trained, batch), read(Base(trained), batch)
     engine.export(trained.module, NoTokenizer(), folder)
     barrier()
-    merged = read(load_policy(folder), batch)
+    merged = read(load_policy(folder).to(trained.device), batch)
     return {
         "base_gap": float((base - before).abs().max()),
         "adapted_gap": float((adapted - before).abs().max()),

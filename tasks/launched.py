@@ -47,6 +47,7 @@ def make(
     on_progress: Progress = lambda step, total, metrics: None,
     on_wait: Callable[[str], None] = print,
     on_answers: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StageRef:
     """The stage, as it lies there or made by the worker, with an MLflow run of its own nested in `parent_run`.
 
@@ -54,6 +55,7 @@ def make(
         name: of the stage in the run's graph.
         datasets: what it reads, as `tracking.finish_stage` takes it.
         on_answers: is told PPO's answers along its way, whenever a pool of them has come.
+        meanwhile: is called if the worker is started, just before; it returns at once.
 
     Raises ConfigError for what the user can mend and StageFailed for the rest.
     """
@@ -72,6 +74,7 @@ def make(
                 on_answers(rows)
 
         tracker = tracking.Tracker(store.uri, run_id)
+        meanwhile()
         try:
             return run_worker(stage, directory, infrastructure, told, tracker.log, on_wait)
         finally:

@@ -1,7 +1,9 @@
 """The steps from raw sets to token ids, as Prefect tasks. All but the base model's are made in this process."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from filelock import FileLock
@@ -69,7 +71,12 @@ def split(run: Run, blend: StageRef) -> Any:
 @task(name="base", task_run_name="{key}", **STAGE)
 def base(run: Run, key: str, refs: Refs) -> Any:
     """A base model, checked, with a tokenizer fit for training."""
-    return make(run, key, refs)
+    return make(run, key, refs, meanwhile=_load_tokenise)
+
+
+def _load_tokenise() -> None:
+    """What tokenising needs takes five seconds to import: while the worker makes the base model, none are waited."""
+    Thread(target=import_module, args=("data_prep.tokenise",), daemon=True).start()
 
 
 @task(name="tokenise", task_run_name="tokenise", **STAGE)

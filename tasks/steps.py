@@ -82,19 +82,26 @@ def infrastructure(config: RunConfig) -> GpuInfrastructure:
     return found
 
 
-def make(run: Run, key: str, refs: Mapping[str, StageRef], work: Work | None = None) -> State[StageRef] | StageRef:
+def make(
+    run: Run,
+    key: str,
+    refs: Mapping[str, StageRef],
+    work: Work | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> State[StageRef] | StageRef:
     """What the task of a node returns: its finished stage, in a state named Cached if nothing was computed.
 
     Args:
         refs: the finished stages of the run so far, by key.
         work: (stage, directory) -> metrics, for a stage that is made in this process.
+        meanwhile: starts what this process can do while a worker makes the stage.
     """
     node = run.graph[key]
     watcher().started(key)
     stage = dag.stage(run.config, node, refs)
     if events.sender() != events.NOWHERE:  # a deployment's run is started again by Prefect if it crashes
         unfinished.note(stage.workspace, run.origin["flow_run_id"], stage.directory)
-    ref = _finished_or_made(run, node, stage, work)
+    ref = _finished_or_made(run, node, stage, work, meanwhile)
     watcher().finished(key, ref)
     assets.materialised(ref, [refs[name] for name in node.inputs.values()], node.config)
     page, figure = stage_page(run, key, ref, refs), headline(ref.stage, ref.metrics)
@@ -102,7 +109,7 @@ def make(run: Run, key: str, refs: Mapping[str, StageRef], work: Work | None = N
     return Completed(name="Cached", data=ref) if ref.cached else ref
 
 
-def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> StageRef:
+def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None, meanwhile: Callable[[], None]) -> StageRef:
     if run.choice.must_be_finished(node.stage):
         if (done := stages.finished(stage)) is None:
             raise ConfigError(
@@ -113,12 +120,20 @@ def _finished_or_made(run: Run, node: Node, stage: Stage, work: Work | None) -> 
     # A retry goes on where the first try came to, it does not start afresh once more.
     force = run.choice.forces(node.stage) and (task_run.run_count or 1) <= 1
     if node.launched:
-        return by_worker(run, node.key, stage, force=force, resumable=node.resumable)
+        return by_worker(run, node.key, stage, force=force, resumable=node.resumable, meanwhile=meanwhile)
     assert work is not None, f"{node.key} is made in this process, so its task has to say how"
     return made_here(run, node.key, stage, work, force=force, resumable=node.resumable)
 
 
-def by_worker(run: Run, key: str, stage: Stage, *, force: bool = False, resumable: bool = False) -> StageRef:
+def by_worker(
+    run: Run,
+    key: str,
+    stage: Stage,
+    *,
+    force: bool = False,
+    resumable: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> StageRef:
     """The stage, finished already or made by the worker on the run's infrastructure."""
     return launched.make(
         stage,
@@ -133,6 +148,7 @@ def by_worker(run: Run, key: str, stage: Stage, *, force: bool = False, resumabl
         on_progress=Progress(key),
         on_wait=watcher().said,
         on_answers=answer_table,
+        meanwhile=meanwhile,
     )
 
 

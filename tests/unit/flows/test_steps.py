@@ -125,7 +125,7 @@ def test_every_stage_in_this_process_has_its_work(run: Run) -> None:
 def test_a_stage_before_from_has_to_be_there(run: Run) -> None:
     late = Run(run.config, Choice(from_step="sft"), run.store, run.run_id, run.infrastructure, {})
     with pytest.raises(ConfigError, match="demo before it is not finished"):
-        steps._finished_or_made(late, late.graph["demo"], dag.stage(late.config, late.graph["demo"], {}), None)
+        steps._finished_or_made(late, late.graph["demo"], dag.stage(late.config, late.graph["demo"], {}), None, print)
 
 
 def test_refs_are_small_and_plain() -> None:

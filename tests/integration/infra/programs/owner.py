@@ -44,7 +44,8 @@ def hold_the_pipes(folder: Path) -> None:
     if child == 0:
         time.sleep(20)
         os._exit(0)
-    (folder / "forked").write_text(str(child))
+    (folder / "forked.part").write_text(str(child))
+    (folder / "forked.part").rename(folder / "forked")  # who waits for the file finds it whole
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def _faults(error: ValidationError) -> Iterator[str]:
         if fault["type"] == "extra_forbidden":
             known = _keys(RunConfig, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            hint = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(known)}"
+            here = [key for key, path in known.items() if key == path]
+            hint = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(here)}"
             line = f"{where}: unknown key; {hint}"
         elif fault["type"] == "value_error":
             line = f"{where}: {fault['ctx']['error']}"
@@ -116,7 +117,7 @@ def _keys(section: Any, location: tuple[str | int, ...]) -> dict[str, str]:
         if _is_section(child := _section_of(field.annotation))
         for inner in child.model_fields
     }
-    return {**nested, **own}
+    return {**own, **{key: path for key, path in nested.items() if key not in own}}
 
 
 def _section_of(annotation: Any) -> Any:

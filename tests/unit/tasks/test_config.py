@@ -100,3 +100,14 @@ def test_a_learning_rate_leaves_the_other_settings_of_ppos_optimizers(file: Path
         assert found.model_copy(update={"learning_rate": 0.1}) == getattr(plain, network).model_copy(
             update={"learning_rate": 0.1}
         )
+
+
+def test_an_unknown_key_is_told_the_keys_of_its_own_place(file: Path) -> None:
+    with pytest.raises(ConfigError) as found:
+        load(file, ["evaluate.zzz=1"])
+    known = "prompts, batch_size, sampling, precision, text_chunks, api_judge, samples"
+    assert str(found.value) == f"evaluate.zzz: unknown key; known: {known}"
+    with pytest.raises(ConfigError, match=r"^learning_rat: unknown key; known: name, workspace, .*promote$"):
+        load(file, ["learning_rat=1"])
+    with pytest.raises(ConfigError, match=r"^kl_coef: unknown key; did you mean ppo.kl_coef\?$"):
+        load(file, ["kl_coef=1"])

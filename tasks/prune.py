@@ -133,34 +133,41 @@ def _beyond(store: Store, keep: int) -> Iterator[Version]:
 def _needed(store: Store, versions: Iterable[Version]) -> set[Path]:
     """The directories that versions lie in, were made from or were measured by."""
     workspace = Path(store.workspace)
-    needed: set[Path] = set()
+    needed, models, registered = set(), set(), set()
     for version in versions:
-        needed |= {(workspace / step).resolve() for step in lineage.of_version(store, version)["steps"]}
+        record = lineage.of_version(store, version)
+        needed |= {(workspace / step).resolve() for step in record["steps"]}
+        models.add((workspace / record["root"]).resolve())
         address = urlsplit(version.source)
         if address.scheme == "file":
-            # With what it was measured by, or the next run, with nothing new, would make that again.
-            _add_with_inputs(Path(unquote(address.path)).parent, workspace, needed, set())
+            registered.add(Path(unquote(address.path)).parent)
+    # Also where the files are a server's, or an evaluation came later: else the next run has something new to do.
+    folders = (workspace / "register").glob("*/")
+    registered |= {folder for folder in folders if _inputs(folder, workspace).get("policy") in models}
+    seen: set[Path] = set()
+    for folder in registered:
+        _add_with_inputs(folder, workspace, seen)
+    needed |= seen
     return needed | {
         folder.resolve()
         for folder in (workspace / "verdicts").glob("*/")
-        if (read := _inputs(folder, workspace)) and needed.issuperset(read)
+        if (read := _inputs(folder, workspace)) and needed.issuperset(read.values())
     }
 
 
-def _add_with_inputs(directory: Path, workspace: Path, needed: set[Path], seen: set[Path]) -> None:
+def _add_with_inputs(directory: Path, workspace: Path, seen: set[Path]) -> None:
     """Add the stage directory and all that it was made from."""
     directory = directory.resolve()
     if directory not in seen:
         seen.add(directory)
-        needed.add(directory)
-        for read in _inputs(directory, workspace):
-            _add_with_inputs(read, workspace, needed, seen)
+        for read in _inputs(directory, workspace).values():
+            _add_with_inputs(read, workspace, seen)
 
 
-def _inputs(directory: Path, workspace: Path) -> list[Path]:
-    """The stage directories that a stage was made from; none where its manifest is gone."""
-    read = (read_manifest(directory) or {"inputs": {}})["inputs"].values()
-    return [named(workspace, stage["stage"], stage["fingerprint"]).resolve() for stage in read]
+def _inputs(directory: Path, workspace: Path) -> dict[str, Path]:
+    """Role -> the stage directory that a stage was made from; none where its manifest is gone."""
+    read = (read_manifest(directory) or {"inputs": {}})["inputs"].items()
+    return {role: named(workspace, stage["stage"], stage["fingerprint"]).resolve() for role, stage in read}
 
 
 def _why(folder: Path) -> str:

@@ -84,6 +84,15 @@ def test_what_a_version_was_made_from_stays(store):
     assert not list(Path(store.workspace).glob("*/.removed-*"))
 
 
+def test_a_later_evaluation_of_a_version_stays_as_the_next_run_asks_for_it(store):
+    registered(store, 1)
+    ppo = made(store, "ppo", {"sft": made(store, "sft", {"base": made(store, "base")}, seed=1)}, seed=1)
+    evaluated = made(store, "evaluate", {"ppo": ppo}, "of more prompts" * 100, seed=1, prompts=400)
+    made(store, "register", {"policy": ppo, "evaluate": evaluated}, seed=1)
+    assert left(store)[3:5] == [2, 2]
+    assert prune.plan(store).removals == []
+
+
 def test_keep_deletes_old_versions_but_none_with_an_alias(store):
     for seed in (1, 2, 3):
         registered(store, seed)

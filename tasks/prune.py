@@ -1,9 +1,10 @@
 """Clears a workspace: which stage directories nothing needs any more, and their removal.
 
-Needed is what a registered version was made from (its lineage record) and where it lies itself, and what a crashed run
-of a deployment, which starts again by itself, has come to (`tasks.unfinished`). Everything else is
-either work that was never registered, an unfinished stage with its checkpoints, or a copy that can be fetched again
-(`champion/`). While a run is going on nothing is removed: it may be about to read what looks unused.
+Needed is what a registered version was made from (its lineage record), where it lies itself, what it was measured by
+(the gold reward model and verdicts that were paid for too), and what a crashed run of a deployment, which starts again
+by itself, has come to (`tasks.unfinished`). Everything else is either work that was never registered, an unfinished
+stage with its checkpoints, or a copy that can be fetched again (`champion/`). While a run is going on nothing is
+removed: it may be about to read what looks unused.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from tasks import lineage, tracking, unfinished
 from tasks.dag import STAGES
-from tasks.stages import MANIFEST, read_manifest
+from tasks.stages import MANIFEST, named, read_manifest
 from tasks.tracking import Store, Version
 
 FOLDERS = (*STAGES, "compare", "data-report", "champion", "register")
@@ -65,7 +66,7 @@ def plan(store: Store, keep: int | None = None) -> Plan:
     numbers = {(version.name, version.version) for version in dropped}
     kept = [version for version in every if (version.name, version.version) not in numbers]
     workspace = Path(store.workspace)
-    needed = set(_needed(store, kept))
+    needed = _needed(store, kept)
     candidates = [folder for stage in FOLDERS for folder in sorted((workspace / stage).glob("*/"))]
     unregistered = [folder for folder in candidates if folder.resolve() not in needed]
     going_on = unfinished.needed(workspace)
@@ -129,20 +130,44 @@ def _beyond(store: Store, keep: int) -> Iterator[Version]:
         yield from without_alias
 
 
-def _needed(store: Store, versions: Iterable[Version]) -> Iterator[Path]:
-    """The directories that versions lie in or were made from."""
+def _needed(store: Store, versions: Iterable[Version]) -> set[Path]:
+    """The directories that versions lie in, were made from or were measured by."""
     workspace = Path(store.workspace)
+    needed, models, registered = set(), set(), set()
     for version in versions:
-        steps = set(lineage.of_version(store, version)["steps"])
+        record = lineage.of_version(store, version)
+        needed |= {(workspace / step).resolve() for step in record["steps"]}
+        models.add((workspace / record["root"]).resolve())
         address = urlsplit(version.source)
         if address.scheme == "file":
-            registered = Path(unquote(address.path)).parent
-            yield registered.resolve()
-            # What it was measured by as well, or the next run, with nothing new, would evaluate it again.
-            measured = (read_manifest(registered) or {"inputs": {}})["inputs"].values()
-            steps |= {f"{stage['stage']}/{stage['fingerprint']}" for stage in measured}
-        for step in steps:
-            yield (workspace / step).resolve()
+            registered.add(Path(unquote(address.path)).parent)
+    # Also where the files are a server's, or an evaluation came later: else the next run has something new to do.
+    folders = (workspace / "register").glob("*/")
+    registered |= {folder for folder in folders if _inputs(folder, workspace).get("policy") in models}
+    seen: set[Path] = set()
+    for folder in registered:
+        _add_with_inputs(folder, workspace, seen)
+    needed |= seen
+    return needed | {
+        folder.resolve()
+        for folder in (workspace / "verdicts").glob("*/")
+        if (read := _inputs(folder, workspace)) and needed.issuperset(read.values())
+    }
+
+
+def _add_with_inputs(directory: Path, workspace: Path, seen: set[Path]) -> None:
+    """Add the stage directory and all that it was made from."""
+    directory = directory.resolve()
+    if directory not in seen:
+        seen.add(directory)
+        for read in _inputs(directory, workspace).values():
+            _add_with_inputs(read, workspace, seen)
+
+
+def _inputs(directory: Path, workspace: Path) -> dict[str, Path]:
+    """Role -> the stage directory that a stage was made from; none where its manifest is gone."""
+    read = (read_manifest(directory) or {"inputs": {}})["inputs"].items()
+    return {role: named(workspace, stage["stage"], stage["fingerprint"]).resolve() for role, stage in read}
 
 
 def _why(folder: Path) -> str:

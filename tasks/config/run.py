@@ -43,6 +43,13 @@ class RunConfig(Section):
             raise ValueError("use lower case letters, digits, - and _ (at most 63, no leading - or _)")
         return name
 
+    @field_validator("workspace")
+    @classmethod
+    def _a_folder(cls, workspace: str) -> str:
+        if "://" in workspace:
+            raise ValueError(f"{workspace} is an address; name a folder: stages need the locks of a filesystem")
+        return workspace
+
     @model_validator(mode="before")
     @classmethod
     def _gold_is_trained_as_the_reward_model(cls, tree: Any) -> Any:

@@ -18,6 +18,12 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A part of the tree: unknown keys are errors, which show no value; values never change after loading."""
+    """A part of the tree: unknown keys are errors, which show no value; values never change after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
+    A default is validated as what is set is: a stage made with it is then the one made with the value written out, as a
+    deployment does with all of a config.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True, validate_default=True
+    )

@@ -18,6 +18,7 @@ import pytest
 from infra.owned import processes_with
 from tasks import tracking
 from tasks.stages import read_manifest
+from tests.api import ask
 
 # Slow as a whole: with the other tests it would pass the ten minutes of `make test`. A run is a fixture of the first
 # test that speaks of it, hence the long limit.
@@ -65,29 +66,35 @@ def resumed(rlhf: Rlhf, interrupted: Any, folder: Path, prefect_api: str) -> tup
     return rlhf("run", *NEW_PPO, *STRICT, api=prefect_api).end(), written, step
 
 
+@pytest.fixture(scope="module")
+def killed(rlhf: Rlhf, again: Any, folder: Path, prefect_api: str) -> tuple[Any, Path]:
+    """A run to yet another PPO whose worker is killed after a checkpoint, and the directory of its PPO; it registers
+    nothing."""
+    options = ("--set", "ppo.kl_coef=0.3", "--set", "ppo.steps=40")
+    command = rlhf("run", *options, "--until", "ppo", api=prefect_api)
+    known = set((folder / "workspace" / "ppo").glob("*/manifest.json"))
+    pointer = command.wait_for(lambda: set((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json")) - known)
+    workers = [pid for pid in processes_with("RLHF_E2E", command.mark) if b"infra.rank" in command_line(pid)]
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    return command.end(), next(iter(pointer)).parents[1]
+
+
 def manifests(folder: Path) -> dict[str, float]:
     """Stage directory -> when its manifest was written."""
     paths = (folder / "workspace").glob("*/*/manifest.json")
     return {str(path.parent.relative_to(folder / "workspace")): path.stat().st_mtime for path in paths}
 
 
-def ask(api: str, what: str, **query: Any) -> Any:
-    """An answer of Prefect's API."""
-    request = urllib.request.Request(
-        f"{api}/{what}/filter", json.dumps(query).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
-
-
 def runs_of(api: str, output: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Flow run, task runs (subflows' too) and artifacts of the run that a command's output names."""
     name = Path(report_of(output)).stem
-    (parent,) = ask(api, "flow_runs", flow_runs={"name": {"any_": [name]}})
-    children = ask(api, "flow_runs", flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}})
+    (parent,) = ask(api, "flow_runs/filter", flow_runs={"name": {"any_": [name]}})
+    children = ask(api, "flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}})
     ids = [parent["id"], *(child["id"] for child in children)]
-    tasks = ask(api, "task_runs", flow_runs={"id": {"any_": ids}}, limit=200)
-    artifacts = ask(api, "artifacts", flow_runs={"id": {"any_": ids}}, limit=200)
+    tasks = ask(api, "task_runs/filter", flow_runs={"id": {"any_": ids}}, limit=200)
+    artifacts = ask(api, "artifacts/filter", flow_runs={"id": {"any_": ids}}, limit=200)
     return parent, tasks, artifacts
 
 
@@ -228,6 +235,26 @@ def test_a_candidate_that_does_not_win_stays_one(resumed: Any, folder: Path) -> 
     assert (champion.version, candidate.version) == (1, 2)
 
 
+def test_impact_names_the_versions_that_a_set_went_into(command: Rlhf, resumed: Any, folder: Path) -> None:
+    def impact(asked: str) -> Any:
+        return command("lineage", "--impact", asked, "-w", str(folder / "workspace")).end()
+
+    shown = impact("Dahoas/rm-static@local")
+    assert shown.code == 0, shown.output
+    rows = re.findall(r"^(\S+) +(\d+) +(.*?) *Dahoas/rm-static@local$", shown.output, re.MULTILINE)
+    store = store_of(folder)
+    every = [version for name in tracking.registered_names(store) for version in tracking.versions(store, name)]
+    assert {version.name for version in every} == {"tiny-policy", "tiny-reward", "tiny-ema"}
+    assert rows == [(version.name, str(version.version), ", ".join(version.aliases)) for version in every]
+    assert [row for row in rows if row[0] == "tiny-policy"][-1] == ("tiny-policy", "1", "champion")
+    for asked in ("Dahoas/rm-static@c0ffee", "nobody/nothing"):
+        refused = impact(asked)
+        assert refused.code == 2, refused.output
+        (sentence,) = refused.output.splitlines()
+        assert sentence.startswith(f"Error: No registered model comes from {asked}. Known: ")
+        assert "Dahoas/rm-static@local" in sentence
+
+
 def test_a_damaged_file_is_made_again(rlhf: Rlhf, again: Any, folder: Path, prefect_api: str) -> None:
     written = manifests(folder)
     damaged = sorted((folder / "workspace" / "clean").glob("*/train.arrow"))[0]
@@ -253,17 +280,8 @@ def test_a_set_without_its_columns(rlhf: Rlhf, folder: Path, prefect_api: str) -
     assert ended.left == []
 
 
-def test_a_killed_worker_is_started_again_and_goes_on(rlhf: Rlhf, again: Any, folder: Path, prefect_api: str) -> None:
-    options = ("--set", "ppo.kl_coef=0.3", "--set", "ppo.steps=40")
-    command = rlhf("run", *options, "--until", "ppo", api=prefect_api)
-    known = set((folder / "workspace" / "ppo").glob("*/manifest.json"))
-    pointer = command.wait_for(lambda: set((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json")) - known)
-    directory = next(iter(pointer)).parents[1]
-    workers = [pid for pid in processes_with("RLHF_E2E", command.mark) if b"infra.rank" in command_line(pid)]
-    assert workers
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    ended = command.end()
+def test_a_killed_worker_is_started_again_and_goes_on(killed: tuple[Any, Path], prefect_api: str) -> None:
+    ended, directory = killed
     assert ended.code == 0, ended.output
     rows = [json.loads(line) for line in (directory / "records" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -294,6 +312,62 @@ def test_the_next_training_starts_from_the_champion(
     assert candidate.version > champion.version
     chain = command("lineage", "models:/tiny-policy@candidate", "-w", str(folder / "workspace")).end()
     assert f"models:/tiny-policy/{champion.version}" in " ".join(chain.output.split()), chain.output
+
+
+def test_prune_removes_what_no_version_needs_once_it_is_told_to(
+    rlhf: Rlhf, command: Rlhf, killed: tuple[Any, Path], folder: Path
+) -> None:
+    workspace = ("-w", str(folder / "workspace"))
+    written = manifests(folder)
+    shown = command("prune", *workspace).end()
+    assert shown.code == 0, shown.output
+    assert re.search(r"^ppo +1 +\d+ [KM]B +nothing registered needs it *$", shown.output, re.MULTILINE), shown.output
+    told = re.search(r"^(\d+ [KM]B) in all\. Nothing is removed yet: add --yes\.$", shown.output, re.MULTILINE)
+    assert told, shown.output
+    assert manifests(folder) == written
+    done = command("prune", "--yes", *workspace).end()
+    assert done.code == 0, done.output
+    assert f"\n{told[1]} removed." in done.output
+    assert not killed[1].exists()
+    left = manifests(folder)
+    assert {name: written[name] for name in left} == left
+    assert {name.partition("/")[0] for name in set(written) - set(left)} <= {"ppo", "compare", "data-report"}
+    chain = command("lineage", "models:/tiny-policy@champion", *workspace).end()
+    assert chain.code == 0, chain.output
+    named = {"/".join(step) for step in re.findall(r"\b([a-z]+) ([0-9a-f]{16})\b", chain.output)}
+    assert {name.partition("/")[0] for name in named} >= {"download", "clean", "base", "sft", "reward", "ppo"}
+    assert named <= set(left)
+    planned = rlhf("plan").end()
+    assert f"{STAGES} of {STAGES} stages cached, 0 would run." in planned.output
+
+
+def test_a_scheduled_run_that_finds_nothing_new_ends_at_once_and_ctrl_c_ends_all(
+    command: Rlhf, again: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))  # with servers of its own, as on a machine alone
+    said = tmp_path / "served.log"
+    with said.open("w") as output:
+        schedule = ("--name", "minutely", "--cron", "* * * * *", "--timezone", "Europe/Berlin")
+        serving = command("serve", str(folder / "tiny.yaml"), *schedule, output=output)
+    address = serving.wait_for(lambda: re.search(r"^Prefect: (\S+)$", said.read_text(), re.MULTILINE))[1]
+    api = f"{address}/api"
+    written = manifests(folder)
+    (made,) = serving.wait_for(lambda: ask(api, "deployments/filter", deployments={"name": {"any_": ["minutely"]}}))
+    (due,) = (entry["schedule"] for entry in made["schedules"] if entry["active"])
+    assert (due["cron"], due["timezone"]) == ("* * * * *", "Europe/Berlin")
+    over = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    run = serving.wait_for(lambda: ask(api, "flow_runs/filter", flow_runs=over))[0]
+    assert (run["deployment_id"], run["auto_scheduled"], run["state_type"]) == (made["id"], True, "COMPLETED")
+    assert run["state"]["message"].startswith("Nothing new: data, config and code")
+    assert run["total_run_time"] < 30
+    assert manifests(folder) == written
+    serving.process.send_signal(signal.SIGINT)
+    ended = serving.end()
+    assert ended.code == 130, said.read_text()
+    assert ended.left == []
+    assert "Traceback" not in said.read_text()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address, timeout=5)
 
 
 def command_line(pid: int) -> bytes:

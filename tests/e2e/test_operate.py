@@ -1,19 +1,26 @@
 """What the engineer who schedules retraining types once: the blocks into Prefect, a deployment with its schedule."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
+import yaml
 
 from infra import servers
 from infra.shipped import SHIPPED
+from tasks.config import parse
 
 pytestmark = pytest.mark.slow
 Rlhf = Callable[..., Any]
+SHIPPED_FILE = Path(__file__).parents[2] / "infra" / "prefect.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,43 @@ def test_a_deployment_has_its_schedule_pool_and_automations(rlhf: Rlhf, api: str
     assert renewed["id"] == made["id"]
     assert renewed["schedules"] == []
     assert set(names) > {automation["name"] for automation in ask(f"{api}/automations/filter", {})}
+
+
+def test_prefect_deploy_makes_of_the_shipped_file_what_rlhf_deploy_makes(
+    command: Rlhf, tmp_path: Path, api: str
+) -> None:
+    tree = yaml.safe_load(SHIPPED_FILE.read_text())
+    (shipped,) = tree["deployments"]
+    assert tree["prefect-version"] == prefect.__version__
+    config = tmp_path / "shipped.yaml"
+    config.write_text(yaml.safe_dump(shipped["parameters"]["config"]))
+    ended = command(
+        "deploy", str(config), "--name", "ours", "--cron", "0 2 * * *", "--pool", "gpu", "--no-events", api=api
+    ).end()
+    assert ended.code == 0, ended.output
+    by_prefect = subprocess.run(
+        [Path(sys.executable).with_name("prefect"), "--no-prompt", "deploy", "--prefect-file", SHIPPED_FILE, "--all"],
+        cwd=SHIPPED_FILE.parents[1],
+        env={**os.environ, "PREFECT_API_URL": api},
+        capture_output=True,
+        text=True,
+    )
+    assert by_prefect.returncode == 0, by_prefect.stdout + by_prefect.stderr
+    made, ours = (ask(f"{api}/deployments/name/retrain/{name}") for name in (shipped["name"], "ours"))
+    assert same(made) == same(ours)
+
+
+def same(made: dict[str, Any]) -> dict[str, Any]:
+    """Of a deployment, what is to be the same however it was made; a workspace is absolute by `rlhf deploy` alone."""
+    config = parse(made["parameters"]["config"]).model_dump(mode="json")
+    return {
+        "entrypoint": made["entrypoint"],
+        "schema": made["parameter_openapi_schema"],
+        "pool": made["work_pool_name"],
+        "schedules": [(entry["schedule"], entry["active"]) for entry in made["schedules"]],
+        "limit": made["global_concurrency_limit"]["limit"],
+        "overlap": made["concurrency_options"]["collision_strategy"],
+        "environment": made["job_variables"]["env"],
+        "tags": made["tags"],
+        "parameters": {**made["parameters"], "config": {**config, "workspace": Path(config["workspace"]).name}},
+    }

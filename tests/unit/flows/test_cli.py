@@ -63,6 +63,7 @@ print(sorted({"torch", "prefect", "mlflow", "pydantic", "yaml", "pandas"} & set(
         (["--set", "ppo.klcoef=1"], "ppo.klcoef: unknown key; did you mean kl_coef?"),
         (["--set", "ppo.kl_coef=much"], "ppo.kl_coef: input should be a valid number"),
         (["--set", "nonsense"], "write it as path=value"),
+        (["--set", "workspace=s3://bucket/runs"], "workspace: s3://bucket/runs is an address; name a folder"),
         (["--set", "infrastructure=one-gpu"], "one-gpu needs a GPU and this machine shows none"),
         (["--set", "models.policy=/nowhere"], "models.policy: there is no model folder /nowhere"),
         (["--set", "sft.engine.offload_optimizer=true"], "offload_optimizer needs zero_stage 1, 2 or 3"),

@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.deployments import Request, absolute, deployment
+from tasks import dag
 from tasks.config import ConfigError, parse
 
 
@@ -27,6 +29,15 @@ def test_paths_are_absolute_as_a_run_may_start_anywhere(tmp_path: Path, monkeypa
     assert made["data"]["unsupervised"]["path"] == str(tmp_path / "books")
     assert made["data"]["hub"] is None
     assert parse(made).model_dump(mode="json") == made
+
+
+def test_its_runs_have_the_stages_of_a_run_by_hand() -> None:
+    config = parse({"name": "chat", "data": {"demo": {}}})
+    by_hand, deployed = (
+        {node.key: json.dumps(node.config) for node in dag.graph(run).values()}
+        for run in (config, parse(absolute(config)))
+    )
+    assert by_hand == deployed
 
 
 def test_a_deployment_starts_a_module_by_schedule_one_run_at_a_time() -> None:

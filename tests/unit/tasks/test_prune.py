@@ -31,11 +31,14 @@ def made(store, name: str, inputs=None, content="x" * 1000, **config):
 
 
 def registered(store, seed: int) -> int:
-    """A policy of its own SFT, on a base that all share; its files are linked, as `tasks.register` does."""
+    """A policy of its own SFT, on a base and a gold reward model that all share, with verdicts of an API's judge; its
+    files are linked, as `tasks.register` does."""
     base = made(store, "base")
     sft = made(store, "sft", {"base": base}, f"sft {seed}" * 100, seed=seed)
     ppo = made(store, "ppo", {"sft": sft}, f"ppo {seed}" * 100, seed=seed)
-    evaluated = made(store, "evaluate", {"ppo": ppo}, f"wins {seed}" * 100, seed=seed)
+    gold = made(store, "gold", {"base": base})
+    evaluated = made(store, "evaluate", {"ppo": ppo, "gold": gold}, f"wins {seed}" * 100, seed=seed)
+    made(store, "verdicts", {"evaluate": evaluated}, f"[[A]] {seed}" * 100, seed=seed)
 
     def link(directory):
         (directory / "policy").mkdir()
@@ -51,8 +54,8 @@ def registered(store, seed: int) -> int:
 
 
 def left(store) -> list[int]:
-    """Directories of base, SFT, PPO, evaluation, registered files and fetched copies."""
-    stages = ("base", "sft", "ppo", "evaluate", "register", "champion")
+    """Directories of base, SFT, PPO, evaluation, registered files, fetched copies, gold reward model and verdicts."""
+    stages = ("base", "sft", "ppo", "evaluate", "register", "champion", "gold", "verdicts")
     return [len(list((Path(store.workspace) / stage).glob("*/"))) for stage in stages]
 
 
@@ -64,17 +67,30 @@ def test_what_a_version_was_made_from_stays(store):
     (unfinished / "weights").write_bytes(bytes(5000))
     copy = Path(store.workspace) / "champion" / "0123456789abcdef"
     copy.mkdir(parents=True)
+    tried = made(store, "evaluate", content="tried once" * 100, seed=99)
+    made(store, "verdicts", {"evaluate": tried}, "[[B]]" * 100, seed=99)
     planned = prune.plan(store)
     assert {(r.directory.parent.name, r.why) for r in planned.removals} == {
         ("sft", "nothing registered needs it"),
+        ("evaluate", "nothing registered needs it"),
+        ("verdicts", "nothing registered needs it"),
         ("ppo", "was not finished"),
         ("champion", "a copy of a registered model"),
     }
-    assert left(store) == [1, 2, 2, 1, 1, 1]  # a plan changes nothing
+    assert left(store) == [1, 2, 2, 2, 1, 1, 1, 2]  # a plan changes nothing
     prune.carry_out(store, planned)
-    assert left(store) == [1, 1, 1, 1, 1, 0]
+    assert left(store) == [1, 1, 1, 1, 1, 0, 1, 1]
     assert prune.plan(store) == prune.Plan([], [])
     assert not list(Path(store.workspace).glob("*/.removed-*"))
+
+
+def test_a_later_evaluation_of_a_version_stays_as_the_next_run_asks_for_it(store):
+    registered(store, 1)
+    ppo = made(store, "ppo", {"sft": made(store, "sft", {"base": made(store, "base")}, seed=1)}, seed=1)
+    evaluated = made(store, "evaluate", {"ppo": ppo}, "of more prompts" * 100, seed=1, prompts=400)
+    made(store, "register", {"policy": ppo, "evaluate": evaluated}, seed=1)
+    assert left(store)[3:5] == [2, 2]
+    assert prune.plan(store).removals == []
 
 
 def test_keep_deletes_old_versions_but_none_with_an_alias(store):
@@ -85,7 +101,7 @@ def test_keep_deletes_old_versions_but_none_with_an_alias(store):
     assert [version.version for version in planned.versions] == [2]
     # The policy of version 2 has two names, in ppo/ and register/, and both go: it counts once.
     names = {removal.directory.parent.name for removal in planned.removals}
-    assert names == {"sft", "ppo", "evaluate", "register"}
+    assert names == {"sft", "ppo", "evaluate", "verdicts", "register"}
     files = {
         path.stat().st_ino: path.stat().st_size
         for removal in planned.removals

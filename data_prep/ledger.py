@@ -108,6 +108,13 @@ class Ledger:
         pq.write_table(pa.table(columns, schema=_SCHEMA), half_written)
         half_written.replace(path)
 
+    def came_of(self, older: "Ledger") -> bool:
+        """Whether all that the older one knows is known here, and nothing it trains on is held out."""
+        return all(
+            key in self._home_of and self._held_out[self._home_of[key]] <= older._held_out[home]
+            for key, home in older._home_of.items()
+        )
+
     def settle(self, groups: Mapping[str, Group], eval_fraction: float, seed: int) -> dict[str, Home]:
         """The home of every group; what is new or merged is in the ledger from now on (`write` keeps it)."""
         several = (group.keys for group in groups.values() if len(group.keys) > 1)
@@ -150,6 +157,30 @@ def admit(path: Path, blended: Path, eval_fraction: float, seed: int) -> None:
     ledger.settle(read_groups(blended), eval_fraction, seed)
     if ledger.changed:
         ledger.write(path)
+
+
+def follow(path: Path, other: bytes) -> None:
+    """Replace the ledger's file by another machine's that came of it. ValueError where both went on, apart.
+
+    One came of the other if it knows all its keys and holds nothing out that the other trains on. Where this one came
+    of the other, it stays.
+    """
+    if path.exists() and path.read_bytes() == other:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fetched = path.with_name(f".{path.name}.fetched.{os.getpid()}")
+    fetched.write_bytes(other)
+    try:
+        mine, theirs = Ledger.read(path), Ledger.read(fetched)
+        if theirs.came_of(mine):
+            fetched.replace(path)
+        elif not mine.came_of(theirs):
+            raise ValueError(
+                f"the split ledgers of {path.parent} and of the remote have both grown, apart, so that one might train "
+                "on what the other holds out; take another workspace, or another address"
+            )
+    finally:
+        fetched.unlink(missing_ok=True)
 
 
 def digest_of(homes: Mapping[str, Home]) -> str:

@@ -40,6 +40,7 @@ from tasks import (
     plan,
     prune,
     registered,
+    remote,
     report,
     steps,
     tracking,
@@ -129,6 +130,8 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
         choice.check(dag.graph(config))
         if config.evaluate.api_judge is not None:
             api_judge.check(config.evaluate.api_judge)
+        if config.remote is not None:
+            remote.check(config.remote)
         steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
         plan.check_finished(config, choice)
     store = tracking.open_store(workspace)

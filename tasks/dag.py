@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.model_files import TOKENIZER_FILES
-from tasks import untrusted
+from tasks import remote, untrusted
 from tasks.config import (
     SIX_SETS,
     UNSUPERVISED,
@@ -125,8 +125,9 @@ def stage(config: RunConfig, node: Node, refs: Mapping[str, StageRef]) -> Stage:
     if node.stage == "download" and settings["path"] is None and settings["hub"] is None and "demo" not in inputs:
         settings = {**settings, "commit": _commit(settings)}
     if node.stage == "split":
+        follow_ledger(config)
         settings = {**settings, "homes": _homes(settings, inputs["blend"].directory, ledger_file(workspace(config)))}
-    return Stage(node.stage, workspace(config), settings, inputs, node.roots)
+    return Stage(node.stage, workspace(config), settings, inputs, node.roots, config.remote)
 
 
 def _commit(download: Mapping[str, Any]) -> str:
@@ -141,6 +142,18 @@ def _commit(download: Mapping[str, Any]) -> str:
 def ledger_file(workspace: Path) -> Path:
     """The split ledger of a workspace."""
     return workspace / "ledger.parquet"
+
+
+def follow_ledger(config: RunConfig) -> None:
+    """Take over the remote's ledger where another machine has split since. ConfigError where both have, apart."""
+    if config.remote is None or (found := remote.fetch_file(config.remote, ledger_file(workspace(config)))) is None:
+        return
+    from data_prep.ledger import follow
+
+    try:
+        follow(ledger_file(workspace(config)), found)
+    except ValueError as error:
+        raise ConfigError(f"remote: {error}") from None
 
 
 def _homes(split: Mapping[str, Any], blended: Path, ledger: Path) -> str:
@@ -168,7 +181,7 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
     trusted = _trusted(config)
     roles["champion"] = "ppo"  # as far as its code is the candidate's (`tasks.evaluate`)
     node = _trusting(Node("compare", "compare", _evaluation(config), roles, EVALUATION), trusted)
-    return Stage("compare", workspace(config), node.config, inputs, EVALUATION)
+    return Stage("compare", workspace(config), node.config, inputs, EVALUATION, config.remote)
 
 
 def _trusted(config: RunConfig) -> set[str]:
@@ -400,7 +413,7 @@ def _gold_base(config: RunConfig) -> str:
 def verdicts_on(config: RunConfig, answers: StageRef) -> Stage:
     """The stage that asks a judge behind an API about the answers of a comparison with the champion."""
     node = _verdicts(config, "compare")
-    return Stage(node.stage, workspace(config), node.config, {"compare": answers}, node.roots)
+    return Stage(node.stage, workspace(config), node.config, {"compare": answers}, node.roots, config.remote)
 
 
 def _verdicts(config: RunConfig, answers: str) -> Node:

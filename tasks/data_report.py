@@ -37,7 +37,7 @@ def make(config: RunConfig, refs: Mapping[str, StageRef]) -> StageRef:
     read = {key: ref for key, ref in refs.items() if ref.stage in STAGES}
     # Counts of dropped rows are in no output file: the fingerprints tell what was counted, the digests what was left.
     settings = {"name": config.name, "stages": {key: ref.fingerprint for key, ref in read.items()}}
-    stage = Stage("data-report", dag.workspace(config), settings, read, ROOTS)
+    stage = Stage("data-report", dag.workspace(config), settings, read, ROOTS, config.remote)
     return run(stage, lambda directory: _write(directory, config.name, refs))
 
 

@@ -11,7 +11,7 @@ from prefect import task
 
 from data_prep import spread, workers
 from data_prep.spread import Mapper
-from tasks import dag
+from tasks import dag, remote
 from tasks.stages import Stage, StageRef, read_manifest
 from tasks.steps import STAGE, Run, Work, make
 
@@ -65,6 +65,8 @@ def split(run: Run, blend: StageRef) -> Any:
         # Only now: a split that failed, say for a side left empty, does not bind the next try.
         settings = run.graph["split"].config
         ledger.admit(file, blend.directory, settings["eval_fraction"], settings["seed"])
+        if run.config.remote is not None:
+            remote.store_file(run.config.remote, file)
     return made
 
 

@@ -146,7 +146,7 @@ def models(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Model]:
 def registration_stage(config: RunConfig, refs: Mapping[str, StageRef]) -> Stage:
     """The stage whose directory holds the files of the registered models."""
     inputs = {"policy": refs["ppo"], "reward": refs["reward"], "evaluate": refs["evaluate"]}
-    return Stage("register", dag.workspace(config), {"name": config.name}, inputs, ROOTS)
+    return Stage("register", dag.workspace(config), {"name": config.name}, inputs, ROOTS, config.remote)
 
 
 def registered_already(store: tracking.Store, config: RunConfig, refs: Mapping[str, StageRef]) -> bool:

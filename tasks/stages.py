@@ -21,7 +21,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from tasks import remote
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
@@ -68,6 +70,8 @@ class Stage:
     config: Mapping[str, Any]
     inputs: Mapping[str, StageRef]
     roots: tuple[str, ...]
+    remote: str | None = None
+    """Where finished stages are copied to and fetched from: see `tasks.remote`."""
 
     @property
     def fingerprint(self) -> str:
@@ -96,11 +100,16 @@ def named(workspace: Path, stage: str, fingerprint: str) -> Path:
 
 
 def finished(stage: Stage) -> StageRef | None:
-    """The stage's reference if its manifest is there and every file in it still has its digest, else None."""
-    manifest = read_manifest(stage.directory)
-    if manifest is None or not _intact(stage.directory, manifest):
-        return None
-    return _reference(stage.directory, manifest, cached=True)
+    """The stage's reference if its manifest is there and every file in it still has its digest, else None.
+
+    A stage that lies in the remote alone is fetched, unless another process is making it here.
+    """
+    if (done := _here(stage)) is not None or stage.remote is None:
+        return done
+    stage.directory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Timeout), _lock_of(stage.directory).acquire(timeout=0):
+        return _fetched(stage)
+    return None
 
 
 def run(
@@ -122,14 +131,39 @@ def run(
     directory = stage.directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory, on_wait):
-        if not force and (done := finished(stage)):
+        if not force and (done := _here(stage) or _fetched(stage)):
+            _copied(stage, on_wait)
             return done
         if directory.exists() and (force or not resumable or (directory / MANIFEST).exists()):
             shutil.rmtree(directory)
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
         started = time.time()
         metrics = work(directory)
-        return _commit(stage, directory, metrics, started, made_by or {})
+        made = _commit(stage, directory, metrics, started, made_by or {})
+        _copied(stage, on_wait)
+        return made
+
+
+def _here(stage: Stage) -> StageRef | None:
+    manifest = read_manifest(stage.directory)
+    if manifest is None or not _intact(stage.directory, manifest):
+        return None
+    return _reference(stage.directory, manifest, cached=True)
+
+
+def _fetched(stage: Stage) -> StageRef | None:
+    if stage.remote is None or not remote.fetch(stage.remote, stage.directory, _is_intact):
+        return None
+    return _here(stage)
+
+
+def _copied(stage: Stage, on_wait: Callable[[str], None]) -> None:
+    """Into the remote. Where that fails the run goes on: the next one copies what is lacking."""
+    if stage.remote is not None:
+        try:
+            remote.store(stage.remote, stage.directory)
+        except remote.RemoteError as error:
+            on_wait(str(error))
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -223,6 +257,11 @@ def _reference(directory: Path, manifest: Mapping[str, Any], cached: bool) -> St
     )
 
 
+def _is_intact(directory: Path) -> bool:
+    manifest = read_manifest(directory)
+    return manifest is not None and _intact(directory, manifest)
+
+
 def _intact(directory: Path, manifest: Mapping[str, Any]) -> bool:
     files = manifest["files"]
     try:
@@ -234,10 +273,14 @@ def _intact(directory: Path, manifest: Mapping[str, Any]) -> bool:
         return False
 
 
+def _lock_of(directory: Path) -> FileLock:
+    return FileLock(directory.parent / f".{directory.name}.lock")
+
+
 @contextmanager
 def _locked(directory: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     """A lock beside the directory, which the system gives back when its holder dies."""
-    lock = FileLock(directory.parent / f".{directory.name}.lock")
+    lock = _lock_of(directory)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +23,9 @@ class RunConfig(Section):
     """Models are registered as NAME-policy and NAME-reward."""
     workspace: str = "workspace"
     """Folder of the stage directories and of the default MLflow store."""
+    remote: str | None = None
+    """Address of fsspec, such as s3://bucket/runs, that finished stages are copied to, and come from where this machine
+    lacks them; null: none. Logins come from the environment."""
     seed: int = Field(0, ge=0)
     infrastructure: str = "local-cpu"
     """GpuInfrastructure block that training and evaluation run on."""
@@ -47,8 +51,20 @@ class RunConfig(Section):
     @classmethod
     def _a_folder(cls, workspace: str) -> str:
         if "://" in workspace:
-            raise ValueError(f"{workspace} is an address; name a folder: stages need the locks of a filesystem")
+            raise ValueError(
+                f"{workspace} is an address; name a folder, since stages need the locks of a filesystem, and the "
+                "address as remote: finished stages are copied there"
+            )
         return workspace
+
+    @field_validator("remote")
+    @classmethod
+    def _an_address(cls, remote: str | None) -> str | None:
+        if remote is not None and "://" not in remote:
+            raise ValueError("name an address, such as s3://bucket/runs or file:///mnt/runs")
+        if remote is not None and "@" in urlsplit(remote).netloc:
+            raise ValueError("the address holds a login; give that by the environment, as the store's package reads it")
+        return remote
 
     @model_validator(mode="before")
     @classmethod

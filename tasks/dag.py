@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from data_prep.model_files import TOKENIZER_FILES
 from tasks import remote, untrusted
 from tasks.config import (
@@ -144,14 +146,23 @@ def ledger_file(workspace: Path) -> Path:
     return workspace / "ledger.parquet"
 
 
+def ledger_lock(workspace: Path) -> FileLock:
+    """What whoever writes the ledger holds; whoever holds it may take it again."""
+    file = ledger_file(workspace)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file.with_name(f".{file.name}.lock"), is_singleton=True)
+
+
 def follow_ledger(config: RunConfig) -> None:
     """Take over the remote's ledger where another machine has split since. ConfigError where both have, apart."""
-    if config.remote is None or (found := remote.fetch_file(config.remote, ledger_file(workspace(config)))) is None:
+    file = ledger_file(workspace(config))
+    if config.remote is None or (found := remote.fetch_file(config.remote, file)) is None:
         return
     from data_prep.ledger import follow
 
     try:
-        follow(ledger_file(workspace(config)), found)
+        with ledger_lock(workspace(config)):
+            follow(file, found)
     except ValueError as error:
         raise ConfigError(f"remote: {error}") from None
 

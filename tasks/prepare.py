@@ -6,7 +6,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from filelock import FileLock
 from prefect import task
 
 from data_prep import spread, workers
@@ -60,7 +59,7 @@ def split(run: Run, blend: StageRef) -> Any:
     from data_prep import ledger
 
     file = dag.ledger_file(dag.workspace(run.config))
-    with FileLock(file.with_name(f".{file.name}.lock")):  # the groups of another run come before or after, not between
+    with dag.ledger_lock(dag.workspace(run.config)):  # the groups of another run come before or after, not between
         made = make(run, "split", {"blend": blend}, _spread(run))
         # Only now: a split that failed, say for a side left empty, does not bind the next try.
         settings = run.graph["split"].config

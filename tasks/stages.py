@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from tasks import remote
 
-MANIFEST = "manifest.json"
+MANIFEST = remote.MANIFEST
 RECORDS = "records"
 CHECKPOINTS = "checkpoints"
 REPO = Path(__file__).resolve().parent.parent
@@ -131,8 +131,10 @@ def run(
     directory = stage.directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory, on_wait):
-        if not force and (done := _here(stage) or _fetched(stage)):
+        if not force and (done := _here(stage)):
             _copied(stage, on_wait)
+            return done
+        if not force and (done := _fetched(stage)):
             return done
         if directory.exists() and (force or not resumable or (directory / MANIFEST).exists()):
             shutil.rmtree(directory)
@@ -145,16 +147,16 @@ def run(
 
 
 def _here(stage: Stage) -> StageRef | None:
-    manifest = read_manifest(stage.directory)
-    if manifest is None or not _intact(stage.directory, manifest):
-        return None
-    return _reference(stage.directory, manifest, cached=True)
+    manifest = _intact(stage.directory)
+    return _reference(stage.directory, manifest, cached=True) if manifest else None
 
 
 def _fetched(stage: Stage) -> StageRef | None:
-    if stage.remote is None or not remote.fetch(stage.remote, stage.directory, _is_intact):
+    if stage.remote is None or not remote.fetch(stage.remote, stage.directory, lambda copy: _intact(copy) is not None):
         return None
-    return _here(stage)
+    manifest = read_manifest(stage.directory)
+    assert manifest is not None, "what was fetched is whole"
+    return _reference(stage.directory, manifest, cached=True)
 
 
 def _copied(stage: Stage, on_wait: Callable[[str], None]) -> None:
@@ -257,20 +259,20 @@ def _reference(directory: Path, manifest: Mapping[str, Any], cached: bool) -> St
     )
 
 
-def _is_intact(directory: Path) -> bool:
+def _intact(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a stage directory whose files all have the digests that it names, else None."""
     manifest = read_manifest(directory)
-    return manifest is not None and _intact(directory, manifest)
-
-
-def _intact(directory: Path, manifest: Mapping[str, Any]) -> bool:
+    if manifest is None:
+        return None
     files = manifest["files"]
     try:
-        return all(
+        whole = all(
             (directory / name).stat().st_size == entry["bytes"] and _file_digest(directory / name) == entry["sha256"]
             for name, entry in files.items()
-        ) and manifest["digest"] == _outputs_digest(files)
+        )
     except OSError:
-        return False
+        return None
+    return manifest if whole and manifest["digest"] == _outputs_digest(files) else None
 
 
 def _lock_of(directory: Path) -> FileLock:

@@ -3,15 +3,17 @@
 import json
 import uuid
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from data_prep import ledger
-from tasks import remote, stages
+from tasks import dag, remote, stages
 from tasks.config import ConfigError, parse
 from tasks.stages import Stage
 
@@ -208,3 +210,22 @@ def test_the_ledger_follows_the_one_that_came_of_it(tmp_path: Path, here: Any, t
         ledger.follow(path, other)
         assert path.read_bytes() == ledger_of(tmp_path / "left.parquet", left)
     assert [file.name for file in path.parent.iterdir()] == ["ledger.parquet"]
+
+
+def test_the_ledger_is_replaced_when_nobody_here_writes_it(tmp_path: Path, address: str) -> None:
+    config = parse({"workspace": str(tmp_path / "here"), "remote": address})
+    mine, theirs = tmp_path / "here" / "ledger.parquet", tmp_path / "there" / "ledger.parquet"
+    before, newer = ledger_of(mine, OLD), ledger_of(theirs, GREW)
+    remote.store_file(address, theirs)
+    following = Thread(target=dag.follow_ledger, args=(config,))
+    with FileLock(tmp_path / "here" / ".ledger.parquet.lock"):  # as another process does that splits
+        following.start()
+        following.join(0.5)
+        assert following.is_alive()
+        assert mine.read_bytes() == before
+    following.join(10)
+    assert mine.read_bytes() == newer
+    with dag.ledger_lock(tmp_path / "here"):  # as the split does itself
+        ledger_of(mine, OLD)
+        dag.follow_ledger(config)
+    assert mine.read_bytes() == newer

@@ -77,8 +77,11 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     spec = json.loads((directory / RECORDS / "config.json").read_text())
     module = importlib.import_module(MODULES[stage])
     device = start(spec["device"], distributed=stage in TRAINED)
+    section = spec["config"].get(stage, {})
+    if section.get("deterministic", False):
+        add_in_one_order()
     rows = MetricRows(directory)
-    wanted = is_first_rank() and spec["config"].get(stage, {}).get("profile", False)
+    wanted = is_first_rank() and section.get("profile", False)
     watched = profiled(directory / RECORDS, device) if wanted else nullcontext(lambda: None)
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -115,6 +118,16 @@ def start(device: str, distributed: bool) -> torch.device:
 
         return engine.start(device)
     return torch.device(device)
+
+
+def add_in_one_order() -> None:
+    """Kernels that give the same bits each time, for all that this process computes from here on.
+
+    Memory that nothing was written to is left so: no step reads it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first product
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def model_inputs(inputs: Mapping[str, str]) -> dict[str, Path]:

@@ -31,14 +31,19 @@ def start_ranks(command: Sequence[object], processes: int) -> Ranks:
 
 
 def start_stage(
-    stage: str, directory: Path, config: Mapping[str, Any], inputs: Mapping[str, Path], processes: int
+    stage: str,
+    directory: Path,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    processes: int,
+    device: str = "cpu",
 ) -> Ranks:
     """The ranks of a stage in `directory`, which may hold a checkpoint."""
     spec = {
         "stage": stage,
         "config": dict(config),
         "inputs": {name: str(path) for name, path in inputs.items()},
-        "device": "cpu",
+        "device": device,
     }
     (directory / "records").mkdir(parents=True, exist_ok=True)
     (directory / "records" / "config.json").write_text(json.dumps(spec))

@@ -27,6 +27,9 @@ class TrainConfig(Section):
     """The last so many are kept while the stage runs: where the newest is damaged, the one before it serves."""
     profile: bool = False
     """Leave a trace of two steps by torch.profiler with the stage's records and in MLflow."""
+    deterministic: bool = False
+    """On a GPU too, a resumed stage is bit for bit the one that nobody stopped; kernels that add in one order are
+    slower."""
     eval_rows: Positive = 512
     """At most so many held-out samples are evaluated."""
     eval_every: Positive | None = None

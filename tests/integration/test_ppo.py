@@ -35,6 +35,7 @@ PPO = {
     "normalise_rewards": True,
     "ema_decay": 0.8,
     "checkpoint_every": 2,
+    "deterministic": True,
     "policy_optimizer": {"learning_rate": 0.01},
     "critic_optimizer": {"learning_rate": 0.01},
 }
@@ -42,10 +43,13 @@ PPO = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def make_inputs(folder: Path, **shape: int) -> dict[str, Path]:
     """SFT, reward model and prompts, tiny."""
-    folder = tmp_path_factory.mktemp("inputs")
     tokenizer = train_tokenizer(iter(TEXTS), 300)
-    config = tiny_llama_for(tokenizer, num_hidden_layers=2, num_labels=1, initializer_range=0.2)
+    config = tiny_llama_for(tokenizer, num_hidden_layers=2, num_labels=1, initializer_range=0.2, **shape)
     torch.manual_seed(0)
     for name, model_class in (("sft", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
         model_class(config).save_pretrained(folder / name / "model")

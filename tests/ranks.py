@@ -19,10 +19,11 @@ def start_ranks(command: Sequence[object], processes: int) -> Ranks:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ranks = []
     for rank in range(processes):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in own.items()}
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path} | {k: str(v) for k, v in own.items()}
         argv = [sys.executable, *map(str, command)]
         ranks.append(
             subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)

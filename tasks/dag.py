@@ -258,7 +258,7 @@ def _sources(config: RunConfig) -> list[Node]:
         demo = {"pairs": data.demo.pairs, "seed": data.demo.seed}
         nodes.append(Node("demo", "demo", demo, {}, ("data_prep.demo",)))
     nodes += [_download(config, name, source) for name, source in data.sources.items()]
-    if config.ppo.ptx_coef > 0:
+    if _reads_text(config):
         nodes.append(_text(config))
     nodes += [_clean(config, name, source) for name, source in data.sources.items()]
     return nodes
@@ -289,14 +289,20 @@ def _download(config: RunConfig, name: str, source: SourceConfig) -> Node:
     return Node(f"download:{name}", "download", settings, inputs, ("data_prep.sources",))
 
 
-def _text(config: RunConfig) -> Node:
-    """The raw unsupervised text."""
-    text = config.data.unsupervised
-    if text is None:
+def _reads_text(config: RunConfig) -> bool:
+    """Whether there is unsupervised text. ConfigError if there is none for PPO to learn from."""
+    if config.ppo.ptx_coef > 0 and config.data.unsupervised is None:
         raise ConfigError(
             f"ppo.ptx_coef is {config.ppo.ptx_coef:g}, but there is no unsupervised text; name some as "
             "data.unsupervised, or set ppo.ptx_coef: 0"
         )
+    return config.data.unsupervised is not None
+
+
+def _text(config: RunConfig) -> Node:
+    """The raw unsupervised text."""
+    text = config.data.unsupervised
+    assert text is not None
     settings: dict[str, Any] = {
         "source": text.name or Path(text.path or "").name,
         "subset": text.subset,
@@ -367,7 +373,7 @@ def _data(config: RunConfig) -> list[Node]:
         nodes.append(Node("base", "base", tiny, {"split": "split"}, ("tasks.base",), launched=True))
     inputs = {"split": "split", "base": "base"}
     nodes.append(Node("tokenise", "tokenise", limits, inputs, ("data_prep.tokenise",)))
-    if config.ppo.ptx_coef > 0 and data.unsupervised is not None:
+    if data.unsupervised is not None:
         text = {
             "chunk_tokens": data.unsupervised.chunk_tokens,
             "document_start": data.unsupervised.document_start,
@@ -385,13 +391,14 @@ def _training(config: RunConfig) -> list[Node]:
     reward = {"reward": _dumped(config.reward), "seed": _seed(config, config.reward)}
     ppo = {"ppo": _dumped(config.ppo), "seed": _seed(config, config.ppo), **answers}
     data = {"data": "tokenise", "split": "split"}
-    text = {"text": "ptx"} if config.ppo.ptx_coef > 0 else {}
+    text = {"text": "ptx"} if config.data.unsupervised is not None else {}
+    learnt = text if config.ppo.ptx_coef > 0 else {}
     gold = {"gold": _dumped(config.gold), "seed": _seed(config, config.gold) + 1, "phase": "judge"}
     return [
         _trained("sft", sft, {**data, "base": "base"}),
         _trained("reward", reward, {**data, "base": _reward_base(config)}),
         *([_gold(gold, {**data, "base": _gold_base(config)})] if config.has_gold else []),
-        _trained("ppo", ppo, {**data, **text, "sft": "sft", "reward": "reward"}),
+        _trained("ppo", ppo, {**data, **learnt, "sft": "sft", "reward": "reward"}),
         Node(
             "evaluate",
             "evaluate",

@@ -50,7 +50,8 @@ class DemoData(Section):
 
 
 class TextConfig(Section):
-    """Unsupervised text for PPO's language-model loss, read when `ppo.ptx_coef` is above 0."""
+    """Unsupervised text: what policies forget shows in their perplexities on held-out text, and PPO learns from the
+    rest where `ppo.ptx_coef` is above 0."""
 
     name: str | None = None
     """A set on the hub, for example Salesforce/wikitext."""

@@ -85,7 +85,7 @@ class RunConfig(Section):
         missing = {
             "gold": None if self.has_gold else "a gold reward model; give data.phases a fourth share, for the judge",
             "api": None if self.evaluate.api_judge is not None else "evaluate.api_judge, a judge behind an API; set it",
-            "text": None if self.ppo.ptx_coef > 0 else "unsupervised text, which is read where ppo.ptx_coef is above 0",
+            "text": None if self.data.unsupervised is not None else "unsupervised text; name some as data.unsupervised",
         }
         for name in self.promote.gates.sentences:
             if (need := sentences.MEASURES[name].needs) and missing[need]:

@@ -76,13 +76,14 @@ def test_a_change_touches_the_stages_that_it_is_about(
     assert changed(before, with_(tree, **change)) == keys
 
 
-def test_unsupervised_text_is_read_for_its_loss_alone(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupervised_text_is_what_policies_are_measured_on_and_learn_from(tree: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A line.\n")
+    without = dag.graph(parse(tree))
     before = with_(tree, data__unsupervised={"path": str(tmp_path / "text.txt")})
-    assert "ptx" not in before
+    assert changed(without, before) == {"download:unsupervised", "ptx", "evaluate"}
     after = with_(tree, ppo__ptx_coef=0.5)
-    assert changed(before, after) == {"download:unsupervised", "ptx", "ppo", "evaluate"}
-    assert after["ppo"].inputs["text"] == "ptx"
+    assert changed(before, after) == {"ppo"}
+    assert after["ppo"].inputs["text"] == after["evaluate"].inputs["text"] == "ptx"
     assert changed(after, with_(tree, data__unsupervised__chunk_tokens=64)) == {"ptx"}
     with pytest.raises(ConfigError, match=r"ppo\.ptx_coef is 0\.5, but there is no unsupervised text; name some"):
         with_(tree, data__unsupervised=None)

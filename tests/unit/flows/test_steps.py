@@ -118,7 +118,7 @@ def test_infrastructure_that_is_none(run: Run) -> None:
 def test_every_stage_in_this_process_has_its_work(run: Run) -> None:
     from tasks.prepare import WORK
 
-    # The unsupervised text's is only there in runs that learn from it.
+    # The unsupervised text's is only there in runs that name some.
     assert set(WORK) - {"ptx"} == {node.stage for node in run.graph.values() if not node.launched}
 
 

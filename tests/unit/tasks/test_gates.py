@@ -168,7 +168,7 @@ def test_text_is_measured_chunk_by_chunk_and_repetition_answer_by_answer():
         ),
         (
             {"promote": {"gates": {"text_loss": "<= sft"}}},
-            "text_loss needs unsupervised text, which is read where ppo.ptx",
+            "text_loss needs unsupervised text; name some as data.unsupervised",
         ),
     ],
 )

@@ -10,6 +10,7 @@ the same model gives the same answers in both. A champion may have a tokenizer a
 in its own words, and judged by the text of its answers.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from tasks.training.samples import SAMPLES
 from tasks.training.sampling import Drawing
 from tasks.training.types import Rollout
 
+LOG = logging.getLogger(__name__)
 ANSWERS = "answers.jsonl"
 POOLS = "pools.jsonl"
 """Pools of PPO, a row each: the mean KL of its answers and their mean score by each scorer."""
@@ -72,12 +74,15 @@ def run(job: Job) -> dict[str, Any]:
     texts: list[dict[str, float]] = [{} for _ in chunks_of_text]
     for place, (name, own) in enumerate(names.items()):
         contestant = Contestant(name, _policy(name, job, config), own)
+        LOG.info("%s: answers %d prompts", name, len(prompts))
         columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
+        LOG.info("%s: its answers are scored", name)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         losses = text_losses(contestant.policy, chunks_of_text, config.batch_size, job.device)
         texts = [row | {f"{name}_loss": loss} for row, loss in zip(texts, losses, strict=True)]
     if job.stage == "compare":
         rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
+    LOG.info("compares")
     write_rows(job.directory / ANSWERS, rows)
     write_rows(job.directory / TEXTS, texts)
     if job.stage == "evaluate":

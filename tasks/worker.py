@@ -4,12 +4,14 @@ It reads `records/config.json`, runs the stage's module, and leaves beside the o
     records/metrics.jsonl   what was measured, a row per step
     records/report.json     the stage's metrics, written last; then the exit code is 0
     records/outcome.json    otherwise: why it ended, and what to do; the exit code is 75 after a requested stop
+and prints, for `records/worker.log`, when its parts began and ended: where a stage's time goes.
 Prefect is never imported here. Stages are dispatched by a table of names, so that a stage's code digest does not hold
 every other stage's code.
 """
 
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -43,11 +45,15 @@ TRAINED = ("sft", "reward", "gold", "ppo")
 MODELS = ("base", "sft", "reward", "gold", "ppo", "candidate", "champion")
 """Inputs that are models: the stages get the Hugging Face folder inside."""
 SECONDS_BETWEEN_PROGRESS = 0.5
+LOG = logging.getLogger("tasks.worker")
 
 
 def main() -> None:
     stage, directory = sys.argv[1], Path(sys.argv[2])
     stop = StopRequest()
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s")
+    logging.getLogger("tasks").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+    LOG.info("%s: loads its code", stage)
     try:
         report = run(stage, directory, stop)
     except Stopped as stopped:
@@ -77,6 +83,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
     spec = json.loads((directory / RECORDS / "config.json").read_text())
     module = importlib.import_module(MODULES[stage])
     device = start(spec["device"], distributed=stage in TRAINED)
+    LOG.info("%s: begins on %s", stage, device)
     section = spec["config"].get(stage, {})
     if section.get("deterministic", False):
         add_in_one_order()
@@ -105,6 +112,7 @@ def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[st
         report: dict[str, Any] = module.run(job)
     if stage in TRAINED and is_first_rank():
         keep_ancestry(job)
+    LOG.info("%s: done", stage)
     return {**report, **held(device)}
 
 
@@ -127,7 +135,7 @@ def add_in_one_order() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first product
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def model_inputs(inputs: Mapping[str, str]) -> dict[str, Path]:

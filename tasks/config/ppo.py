@@ -109,7 +109,7 @@ class PPOConfig(Section):
     profile: bool = False
     """Leave a trace of two pools by torch.profiler with the stage's records and in MLflow."""
     deterministic: bool = False
-    """On a GPU too, resumed PPO is bit for bit the one that nobody stopped; kernels that add in one order are slower."""
+    """On a GPU too, resumed PPO is bit for bit that which nobody stopped; kernels that add in one order are slower."""
     policy_engine: EngineConfig = EngineConfig()
     critic_engine: EngineConfig = EngineConfig()
     reference_engine: EngineConfig = EngineConfig()

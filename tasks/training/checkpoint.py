@@ -12,10 +12,12 @@ alone: their digests are checked before one is read.
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ from tasks.training.types import Engine
 
 LATEST = "latest.json"
 WHOLE = "whole.json"
+LOG = logging.getLogger(__name__)
 
 
 def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[str, Any], keep: int = 1) -> None:
@@ -40,6 +43,7 @@ def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[
         state: what this rank's loop needs besides the engines, picklable.
         keep: so many whole checkpoints stay, this one among them.
     """
+    began = time.perf_counter()
     target = folder / f"step-{step:08d}"
     if rank() == 0:
         _drop(target)  # of a try that died in the midst of it
@@ -57,6 +61,7 @@ def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[
             if old not in kept:
                 _drop(old)
     barrier()
+    LOG.info("checkpoint of step %d written in %.1f s", step, time.perf_counter() - began)
 
 
 def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, Any]] | None:
@@ -83,6 +88,7 @@ def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, An
                 engine.load(target / name)
             own = torch.load(target / f"rank-{rank()}.pt", weights_only=False)
             _set_random_state(own["random"])
+            LOG.info("goes on from the checkpoint of step %d", sealed["step"])
             return sealed["step"], own["state"]
         if rank() == 0:
             print(f"the checkpoint {target} is damaged ({damaged[0]}); the one before it is taken", file=sys.stderr)

@@ -7,6 +7,7 @@ Different from DeepSpeed's own defaults: the gradient of an optimizer batch is t
 
 import copy
 import gc
+import logging
 import math
 import os
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from tasks.training.models import Policy
 from tasks.training.ranks import all_sum, rank, world_size
 from tasks.training.types import Engine, Micro, StepReport
 
+LOG = logging.getLogger(__name__)
 REDUCED_TOGETHER = 200_000_000
 """Elements of a bucket of gradients that several ranks reduce at once."""
 PREFETCHED = 50_000_000
@@ -210,6 +212,7 @@ def train_engine(
         take_over(engine)
     _announce_head(model)
     engine.train()
+    LOG.info("%s is ready", where)
     return TrainEngine(engine, device)
 
 
@@ -227,6 +230,7 @@ def frozen_engine(model: nn.Module, config: EngineConfig, device: torch.device, 
     engine, *_ = deepspeed.initialize(model=model.to(device), config=settings)
     _announce_head(model)
     engine.eval()  # DeepSpeed's returns nothing
+    LOG.info("%s is ready", where)
     return engine
 
 
@@ -291,6 +295,7 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+        LOG.info("%s is written", folder.name)
 
 
 def _gathered(model: nn.Module, instead: Mapping[str, Tensor]) -> dict[str, Tensor]:

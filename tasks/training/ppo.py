@@ -26,6 +26,7 @@ Reward models pay for length (Singhal et al. 2023): the score can be lowered by 
 DeepSpeed-Chat doubles accumulation for PTX and averages EMA per micro-batch; here both belong to the optimizer step.
 """
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -69,6 +70,7 @@ from tasks.training.models import load_policy, load_scalar
 from tasks.training.ranks import all_sum, any_rank, rank, world_size
 from tasks.training.types import Engine, Experience, Sequences
 
+LOG = logging.getLogger(__name__)
 SUMMARY = ("reward", "kl", "entropy", "answer_tokens", "eos_rate", "distinct_2", "explained_variance", "samples_per_s")
 
 
@@ -106,6 +108,7 @@ def run(job: Job) -> dict[str, Any]:
         state = take_up(resumed[1], ema)
     if rank() == 0:
         json_lines.cut_back(job.directory / samples.SAMPLES, begin)
+    LOG.info("ppo: from pool %d to %d", begin, config.steps)
     kept: dict[str, Any] = {}
     for step in range(begin, config.steps):
         metrics = train_on_pool(job, config, networks, ema, data, state, step)
@@ -122,6 +125,7 @@ def run(job: Job) -> dict[str, Any]:
             checkpoint.save(job.checkpoints, step + 1, trained, saved, config.keep_checkpoints)
         if stop:
             raise Stopped(step + 1)
+    LOG.info("ppo: trained")
     export(networks.policy.module, tokenizer, job.directory / "model")
     export(networks.critic.module, tokenizer, job.directory / "critic")
     if ema:

@@ -1,5 +1,6 @@
 """The loop that SFT and the reward model share: optimizer steps over shuffled rows, evaluations, checkpoints."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from tasks.training.packing import own_rows
 from tasks.training.ranks import any_rank, world_size
 from tasks.training.types import Engine, Micro
 
+LOG = logging.getLogger(__name__)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -72,6 +74,7 @@ def fit(
     step, course = 0, Course()
     if resumed := checkpoint.load(job.checkpoints, {"model": engine}):
         step, course = resumed[0], Course(*resumed[1]["course"])
+    LOG.info("%s: trains from step %d to %d", job.stage, step, steps)
     saved_at = time.monotonic()
     while step < steps and not _is_over(config, course):
         started = time.perf_counter()
@@ -97,6 +100,7 @@ def fit(
             raise Stopped(step)
     if config.keep_best and course.best_step != step:
         checkpoint.load(_best(job), {"model": engine})
+    LOG.info("%s: trained", job.stage)
     return {"steps": step} | ({"best_step": course.best_step} if config.keep_best else {})
 
 

@@ -76,7 +76,7 @@ def test_a_change_touches_the_stages_that_it_is_about(
     assert changed(before, with_(tree, **change)) == keys
 
 
-def test_unsupervised_text_is_what_policies_are_measured_on_and_learn_from(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupervised_text_is_measured_on_and_learnt_from(tree: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A line.\n")
     without = dag.graph(parse(tree))
     before = with_(tree, data__unsupervised={"path": str(tmp_path / "text.txt")})

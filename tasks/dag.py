@@ -25,7 +25,7 @@ from tasks.config import (
     TinyModel,
     TrainConfig,
 )
-from tasks.stages import Stage, StageRef
+from tasks.stages import Stage, StageRef, finished
 
 STAGES = (
     *("demo", "download", "clean", "blend", "split", "base", "tokenise", "ptx"),
@@ -178,6 +178,7 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
     """The stage that sets a run's candidate against the present champion.
 
     A part of promotion and not of the graph: which model is champion is known only when the candidate is registered.
+    Where the champion's own evaluation is here, of the same data and by the same reward models, its answers are read.
     """
     roles = {
         "data": "tokenise",
@@ -189,6 +190,8 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
         **_gold_role(config),
     }
     inputs = {role: refs[key] for role, key in roles.items()} | {"champion": champion}
+    if (answered := finished(stage(config, graph(config)["evaluate"], {**refs, "ppo": champion}))) is not None:
+        inputs["answered"] = answered
     trusted = _trusted(config)
     roles["champion"] = "ppo"  # as far as its code is the candidate's (`tasks.evaluate`)
     node = _trusting(Node("compare", "compare", _evaluation(config), roles, EVALUATION), trusted)

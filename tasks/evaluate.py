@@ -5,9 +5,10 @@ which PPO never saw; `tasks.compared` says what they come to.
 
 `evaluate` sets PPO against SFT, and the moving average of PPO's weights against its last, and is absolute: nothing in
 it depends on what serves now. `compare` sets the candidate against the present champion; it reads the candidate's
-answers from `evaluate` and adds the champion's. Prompts are paired and an answer's randomness is that of its place, so
-the same model gives the same answers in both. A champion may have a tokenizer and chat template of its own: it is asked
-in its own words, and judged by the text of its answers.
+answers from `evaluate` and adds the champion's: from the champion's own `evaluate` where that had the same prompts and
+scorers, else it answers anew. Prompts are paired and an answer's randomness is that of its place, so the same model
+gives the same answers in all of them. A champion may have a tokenizer and chat template of its own: it is asked in its
+own words, and judged by the text of its answers.
 """
 
 import logging
@@ -53,6 +54,8 @@ def run(job: Job) -> dict[str, Any]:
     config = EvaluateConfig.model_validate(job.config["evaluate"])
     tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base") or job.trusts("sft"))
     prompts = held_out_prompts(job, config.prompts)
+    if job.stage == "compare" and (known := as_evaluated(job)) is not None:
+        return compared(job, prompts, known)
     scorers = {
         role: load_scalar(job.inputs[role], tokenizer.pad_token_id, trusted=job.trusts(role))
         .to(job.device, DTYPES[config.precision])
@@ -65,11 +68,11 @@ def run(job: Job) -> dict[str, Any]:
         rows = [{"prompt": row["prompt"], "source": row["source"], **_only(row, "ppo")} for row in ours]
         champion = load_tokenizer(job.inputs["champion"], _trusts(job, "champion"))
         names = {"champion": tokenizer if same_tokens(champion, tokenizer) else champion}
-        pair, panel = ("ppo", "champion"), Panel(scorers, tokenizer, None)
+        panel = Panel(scorers, tokenizer, None)
     else:
         rows = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
         names = {name: tokenizer for name in ("sft", "ppo", "ema") if name in job.inputs}
-        pair, panel = ("ppo", "sft"), Panel(scorers, tokenizer, _policy("sft", job, config))
+        panel = Panel(scorers, tokenizer, _policy("sft", job, config))
     chunks_of_text = held_out_text(job, config.text_chunks)
     texts: list[dict[str, float]] = [{} for _ in chunks_of_text]
     for place, (name, own) in enumerate(names.items()):
@@ -80,15 +83,42 @@ def run(job: Job) -> dict[str, Any]:
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         losses = text_losses(contestant.policy, chunks_of_text, config.batch_size, job.device)
         texts = [row | {f"{name}_loss": loss} for row, loss in zip(texts, losses, strict=True)]
-    if job.stage == "compare":
-        rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
     LOG.info("compares")
+    if job.stage == "compare":
+        return compared(job, prompts, rows)
     write_rows(job.directory / ANSWERS, rows)
     write_rows(job.directory / TEXTS, texts)
-    if job.stage == "evaluate":
-        write_rows(job.directory / POOLS, along_ppo(job, config, panel))
-    found = comparison(rows, *pair) | measured(rows, pair[0]) | measured(rows, pair[1])
-    return found | (against_last(rows) if "ema" in names else {}) | perplexities(texts)
+    write_rows(job.directory / POOLS, along_ppo(job, config, panel))
+    found = _against(rows, "sft") | (against_last(rows) if "ema" in names else {})
+    return found | perplexities(texts)
+
+
+def compared(job: Job, prompts: Sequence[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the candidate's answers and the champion's. Returns the figures of `tasks.compared`."""
+    rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
+    write_rows(job.directory / ANSWERS, rows)
+    return _against(rows, "champion")
+
+
+def as_evaluated(job: Job) -> list[dict[str, Any]] | None:
+    """The candidate's answers with those that the champion gave in an evaluation of its own; None where there is no
+    such evaluation, or its prompts are others.
+
+    The graph sees to it that data and scorers are the same. The prompts are not where the champion had ancestors that
+    were trained on some of them.
+    """
+    if "answered" not in job.inputs:
+        return None
+    candidates, champions = (read_rows(job.inputs[role] / ANSWERS) for role in ("evaluate", "answered"))
+    if [row["prompt"] for row in candidates] != [row["prompt"] for row in champions]:
+        return None
+    rows = [
+        {"prompt": ours["prompt"], "source": ours["source"], **_only(ours, "ppo"), **_only(theirs, "ppo", "champion")}
+        for ours, theirs in zip(candidates, champions, strict=True)
+    ]
+    for row in rows:
+        row.pop("champion_kl")  # it is not measured where the champion answers anew, which may have another SFT model
+    return rows
 
 
 @dataclass(frozen=True)
@@ -212,6 +242,11 @@ def translated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     return ids if ended else ids[:-1]
 
 
+def _against(rows: Sequence[dict[str, Any]], rival: str) -> dict[str, Any]:
+    """How PPO's policy does against a rival."""
+    return comparison(rows, "ppo", rival) | measured(rows, "ppo") | measured(rows, rival)
+
+
 def against_last(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How the moving average of the policy's weights does against its last weights."""
     found = {f"ema_{name}": value for name, value in comparison(rows, "ema", "ppo").items() if name != "prompts"}
@@ -300,5 +335,7 @@ def _policy(name: str, job: Job, config: EvaluateConfig) -> Policy:
     return policy
 
 
-def _only(row: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key == name or key.startswith(f"{name}_")}
+def _only(row: dict[str, Any], name: str, called: str | None = None) -> dict[str, Any]:
+    """The columns of one model, as those of `called`."""
+    own = {key: value for key, value in row.items() if key == name or key.startswith(f"{name}_")}
+    return {(called or name) + key.removeprefix(name): value for key, value in own.items()}

@@ -219,6 +219,9 @@ def test_the_next_run_goes_on_and_makes_only_ppo_and_what_follows(resumed: Any, 
     assert {name: manifests(folder)[name] for name in written} == written
     new = Counter(name.partition("/")[0] for name in set(manifests(folder)) - set(written))
     assert new == {"ppo": 1, "evaluate": 1, "compare": 1, "register": 1}
+    (compare,) = (name for name in set(manifests(folder)) - set(written) if name.startswith("compare/"))
+    answered = json.loads((folder / "workspace" / compare / "manifest.json").read_text())["inputs"]["answered"]
+    assert f"evaluate/{answered['fingerprint']}" in written, "the champion's answers are those of its own evaluation"
     rows = [json.loads(line) for line in (interrupted[1] / "records" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 16))
     assert 0 < step < 15

@@ -20,6 +20,7 @@ from tasks import evaluate
 from tasks.base import train_tokenizer
 from tasks.compared import comparison
 from tasks.training.job import Job
+from tasks.training.models import load_policy
 from tests.code import bring_code
 from tests.tiny import tiny_llama_for
 
@@ -101,6 +102,30 @@ def test_a_champion_with_the_same_tokenizer_answers_as_it_did(tmp_path, data, ou
     compared = rows_of(tmp_path / "compare")
     assert [row["champion"] for row in compared] == [row["ppo"] for row in rows]
     assert [row["champion_reward"] for row in compared] == [row["ppo_reward"] for row in rows]
+
+
+def test_a_champion_answers_again_only_where_its_own_evaluation_asked_other_prompts(tmp_path, data, ours, monkeypatch):
+    rival = LlamaForCausalLM.from_pretrained(ours["policy"])
+    with torch.no_grad():
+        rival.lm_head.weight.copy_(rival.lm_head.weight.roll(1, 0))
+    copytree(ours["policy"], tmp_path / "rival")
+    rival.save_pretrained(tmp_path / "rival")
+    for name, ppo in (("evaluate", ours["policy"]), ("then", tmp_path / "rival")):
+        evaluate.run(job("evaluate", tmp_path / name, data, ours, sft=ours["policy"], ppo=ppo))
+    inputs = {"evaluate": tmp_path / "evaluate", "champion": tmp_path / "rival"}
+    anew = evaluate.run(job("compare", tmp_path / "anew", data, ours, **inputs))
+
+    asked = []
+    monkeypatch.setattr(evaluate, "load_policy", lambda path, *rest: asked.append(path) or load_policy(path))
+    inputs["answered"] = tmp_path / "then"
+    assert evaluate.run(job("compare", tmp_path / "read", data, ours, **inputs)) == anew
+    assert rows_of(tmp_path / "read") == rows_of(tmp_path / "anew")
+    assert asked == []
+
+    then = rows_of(tmp_path / "then")
+    (tmp_path / "then" / evaluate.ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in then[1:]))
+    assert evaluate.run(job("compare", tmp_path / "again", data, ours, **inputs)) == anew
+    assert asked == [tmp_path / "rival"]
 
 
 def test_the_moving_average_is_held_against_the_last_policy(tmp_path, data, ours):

@@ -114,7 +114,7 @@ def chunk(
     document_start: see `documents`.  eval_fraction: of the documents, by their hash, where `raw` has no eval texts.
     trusted: whether code that the tokenizer brings may run.
     Returns {side: {"documents", "chunks", "drops", "tokens"}}; drops: special_token (a text spells one out), empty, and
-    the tokens left_over.  ValueError where the train texts fill no chunk.
+    the tokens left_over.  ValueError where the texts of a side fill no chunk.
     """
     tokenizer = load_tokenizer(tokenizer_dir, trusted)
     own = (raw / "eval").is_dir()
@@ -124,10 +124,12 @@ def chunk(
         if not own:
             texts = (text for text in texts if (fraction("text", text) < eval_fraction) == (side == "eval"))
         counts[side] = _write_chunks(texts, tokenizer, size, out / f"ptx-{side}.arrow")
-    if not counts["train"]["chunks"]:
-        raise ValueError(
-            f"The unsupervised text fills no chunk of {size} tokens: add text, or lower data.unsupervised.chunk_tokens."
-        )
+    for side, which, mend in (("train", "", ""), ("eval", "held-out ", ", or raise data.eval_fraction")):
+        if not counts[side]["chunks"]:
+            raise ValueError(
+                f"The {which}unsupervised text fills no chunk of {size} tokens: add text, or lower "
+                f"data.unsupervised.chunk_tokens{mend}."
+            )
     return counts
 
 

@@ -178,7 +178,8 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
     """The stage that sets a run's candidate against the present champion.
 
     A part of promotion and not of the graph: which model is champion is known only when the candidate is registered.
-    Where the champion's own evaluation is here, of the same data and by the same reward models, its answers are read.
+    Where the champion's own evaluation, on the same data and by the same reward models, is here, its answers are read
+    (role `answered`); but a comparison that was made without it is not made again.
     """
     roles = {
         "data": "tokenise",
@@ -190,12 +191,14 @@ def comparison(config: RunConfig, refs: Mapping[str, StageRef], champion: StageR
         **_gold_role(config),
     }
     inputs = {role: refs[key] for role, key in roles.items()} | {"champion": champion}
-    if (answered := finished(stage(config, graph(config)["evaluate"], {**refs, "ppo": champion}))) is not None:
-        inputs["answered"] = answered
     trusted = _trusted(config)
     roles["champion"] = "ppo"  # as far as its code is the candidate's (`tasks.evaluate`)
     node = _trusting(Node("compare", "compare", _evaluation(config), roles, EVALUATION), trusted)
-    return Stage("compare", workspace(config), node.config, inputs, EVALUATION, config.remote)
+    anew = Stage("compare", workspace(config), node.config, inputs, EVALUATION, config.remote)
+    own = stage(config, _trusting(_evaluate(config), trusted), {**refs, "ppo": champion})
+    if finished(anew) is None and (answered := finished(own)) is not None:
+        return replace(anew, inputs={**inputs, "answered": answered})
+    return anew
 
 
 def _trusted(config: RunConfig) -> set[str]:
@@ -394,24 +397,23 @@ def _training(config: RunConfig) -> list[Node]:
     reward = {"reward": _dumped(config.reward), "seed": _seed(config, config.reward)}
     ppo = {"ppo": _dumped(config.ppo), "seed": _seed(config, config.ppo), **answers}
     data = {"data": "tokenise", "split": "split"}
-    text = {"text": "ptx"} if config.data.unsupervised is not None else {}
-    learnt = text if config.ppo.ptx_coef > 0 else {}
+    learnt = {"text": "ptx"} if config.ppo.ptx_coef > 0 else {}
     gold = {"gold": _dumped(config.gold), "seed": _seed(config, config.gold) + 1, "phase": "judge"}
     return [
         _trained("sft", sft, {**data, "base": "base"}),
         _trained("reward", reward, {**data, "base": _reward_base(config)}),
         *([_gold(gold, {**data, "base": _gold_base(config)})] if config.has_gold else []),
         _trained("ppo", ppo, {**data, **learnt, "sft": "sft", "reward": "reward"}),
-        Node(
-            "evaluate",
-            "evaluate",
-            _evaluation(config),
-            {**data, **text, **_gold_role(config), "sft": "sft", "reward": "reward", "ppo": "ppo"},
-            EVALUATION,
-            launched=True,
-        ),
+        _evaluate(config),
         *([_verdicts(config, "evaluate")] if config.evaluate.api_judge is not None else []),
     ]
+
+
+def _evaluate(config: RunConfig) -> Node:
+    models = {**_gold_role(config), "sft": "sft", "reward": "reward", "ppo": "ppo"}
+    text = {"text": "ptx"} if config.data.unsupervised is not None else {}
+    inputs = {"data": "tokenise", "split": "split", **text, **models}
+    return Node("evaluate", "evaluate", _evaluation(config), inputs, EVALUATION, launched=True)
 
 
 def _dumped(section: TrainConfig | PPOConfig) -> dict[str, Any]:

@@ -50,75 +50,59 @@ TEXTS = "texts.jsonl"
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Answer, score, compare; writes answers.jsonl and texts.jsonl. Returns the figures of `tasks.compared`."""
-    config = EvaluateConfig.model_validate(job.config["evaluate"])
-    tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base") or job.trusts("sft"))
-    prompts = held_out_prompts(job, config.prompts)
-    if job.stage == "compare" and (known := as_evaluated(job)) is not None:
-        return compared(job, prompts, known)
-    scorers = {
-        role: load_scalar(job.inputs[role], tokenizer.pad_token_id, trusted=job.trusts(role))
-        .to(job.device, DTYPES[config.precision])
-        .eval()
-        for role in SCORERS
-        if role in job.inputs
-    }
-    if job.stage == "compare":
-        ours = read_rows(job.inputs["evaluate"] / ANSWERS)
-        rows = [{"prompt": row["prompt"], "source": row["source"], **_only(row, "ppo")} for row in ours]
-        champion = load_tokenizer(job.inputs["champion"], _trusts(job, "champion"))
-        names = {"champion": tokenizer if same_tokens(champion, tokenizer) else champion}
-        panel = Panel(scorers, tokenizer, None)
-    else:
-        rows = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
-        names = {name: tokenizer for name in ("sft", "ppo", "ema") if name in job.inputs}
-        panel = Panel(scorers, tokenizer, _policy("sft", job, config))
+    """Answer, score, compare; writes answers.jsonl. Returns the figures of `tasks.compared`."""
+    return _compare(job) if job.stage == "compare" else _evaluate(job)
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    """PPO against SFT, and the moving average; writes texts.jsonl and pools.jsonl too."""
+    config, tokenizer, prompts = _asked(job)
+    panel = Panel(_scorers(job, config, tokenizer), tokenizer, _policy("sft", job, config))
+    rows: list[dict[str, Any]] = [{"prompt": text_of(tokenizer, p["prompt"]), "source": p["source"]} for p in prompts]
     chunks_of_text = held_out_text(job, config.text_chunks)
     texts: list[dict[str, float]] = [{} for _ in chunks_of_text]
-    for place, (name, own) in enumerate(names.items()):
-        contestant = Contestant(name, _policy(name, job, config), own)
-        LOG.info("%s: answers %d prompts", name, len(prompts))
+    names = [name for name in ("sft", "ppo", "ema") if name in job.inputs]
+    for place, name in enumerate(names):
+        contestant = Contestant(name, _policy(name, job, config), tokenizer)
         columns = answers(job, config, panel, contestant, prompts, Told(job, place, len(names), len(prompts)))
-        LOG.info("%s: its answers are scored", name)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         losses = text_losses(contestant.policy, chunks_of_text, config.batch_size, job.device)
         texts = [row | {f"{name}_loss": loss} for row, loss in zip(texts, losses, strict=True)]
-    LOG.info("compares")
-    if job.stage == "compare":
-        return compared(job, prompts, rows)
     write_rows(job.directory / ANSWERS, rows)
     write_rows(job.directory / TEXTS, texts)
     write_rows(job.directory / POOLS, along_ppo(job, config, panel))
-    found = _against(rows, "sft") | (against_last(rows) if "ema" in names else {})
-    return found | perplexities(texts)
+    LOG.info("all is scored")
+    return _against(rows, "sft") | (against_last(rows) if "ema" in names else {}) | perplexities(texts)
 
 
-def compared(job: Job, prompts: Sequence[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the candidate's answers and the champion's. Returns the figures of `tasks.compared`."""
+def _compare(job: Job) -> dict[str, Any]:
+    """The candidate against the champion."""
+    config, tokenizer, prompts = _asked(job)
+    ours = read_rows(job.inputs["evaluate"] / ANSWERS)
+    rows = [{"prompt": row["prompt"], "source": row["source"], **_columns(row, "ppo")} for row in ours]
+    columns = as_evaluated(job, rows)
+    if columns is None:
+        own = load_tokenizer(job.inputs["champion"], _trusts(job, "champion"))
+        own = tokenizer if same_tokens(own, tokenizer) else own
+        contestant = Contestant("champion", _policy("champion", job, config), own)
+        panel = Panel(_scorers(job, config, tokenizer), tokenizer, None)
+        columns = answers(job, config, panel, contestant, prompts, Told(job, 0, 1, len(prompts)))
+    rows = [row | column for row, column in zip(rows, columns, strict=True)]
     rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
     write_rows(job.directory / ANSWERS, rows)
     return _against(rows, "champion")
 
 
-def as_evaluated(job: Job) -> list[dict[str, Any]] | None:
-    """The candidate's answers with those that the champion gave in an evaluation of its own; None where there is no
-    such evaluation, or its prompts are others.
-
-    The graph sees to it that data and scorers are the same. The prompts are not where the champion had ancestors that
-    were trained on some of them.
-    """
-    if "answered" not in job.inputs:
+def as_evaluated(job: Job, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """The columns that the champion has in its own evaluation; None where there is none, or its prompts are not those
+    of `rows`: a model is not asked what its ancestors were trained on. Data and scorers are the same (`tasks.dag`)."""
+    theirs = read_rows(job.inputs["answered"] / ANSWERS) if "answered" in job.inputs else []
+    if [row["prompt"] for row in rows] != [row["prompt"] for row in theirs]:
         return None
-    candidates, champions = (read_rows(job.inputs[role] / ANSWERS) for role in ("evaluate", "answered"))
-    if [row["prompt"] for row in candidates] != [row["prompt"] for row in champions]:
-        return None
-    rows = [
-        {"prompt": ours["prompt"], "source": ours["source"], **_only(ours, "ppo"), **_only(theirs, "ppo", "champion")}
-        for ours, theirs in zip(candidates, champions, strict=True)
-    ]
-    for row in rows:
-        row.pop("champion_kl")  # it is not measured where the champion answers anew, which may have another SFT model
-    return rows
+    LOG.info("the champion's answers are those of its own evaluation")
+    # Its KL is left out: where it answers anew, its SFT model is not there to count from.
+    columns = [_columns(row, "ppo") for row in theirs]
+    return [{f"champion{key.removeprefix('ppo')}": row[key] for key in row if key != "ppo_kl"} for row in columns]
 
 
 @dataclass(frozen=True)
@@ -137,6 +121,23 @@ class Panel:
     scorers: Mapping[str, ScalarModel]
     tokenizer: PreTrainedTokenizerBase
     reference: Policy | None
+
+
+def _asked(job: Job) -> tuple[EvaluateConfig, PreTrainedTokenizerBase, list[dict[str, Any]]]:
+    """The stage's config, the tokenizer of this run's models, the prompts."""
+    config = EvaluateConfig.model_validate(job.config["evaluate"])
+    tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base") or job.trusts("sft"))
+    return config, tokenizer, held_out_prompts(job, config.prompts)
+
+
+def _scorers(job: Job, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, ScalarModel]:
+    return {
+        role: load_scalar(job.inputs[role], tokenizer.pad_token_id, trusted=job.trusts(role))
+        .to(job.device, DTYPES[config.precision])
+        .eval()
+        for role in SCORERS
+        if role in job.inputs
+    }
 
 
 def held_out_prompts(job: Job, count: int) -> list[dict[str, Any]]:
@@ -195,6 +196,7 @@ def answers(
     for part, rollout in zip(chunks(prompts, config.batch_size), drawn, strict=True):
         columns += measure(job, config, panel, contestant, part, rollout)
         told(len(columns))
+    LOG.info("the answers of %s are scored", contestant.name)
     return columns
 
 
@@ -335,7 +337,6 @@ def _policy(name: str, job: Job, config: EvaluateConfig) -> Policy:
     return policy
 
 
-def _only(row: dict[str, Any], name: str, called: str | None = None) -> dict[str, Any]:
-    """The columns of one model, as those of `called`."""
-    own = {key: value for key, value in row.items() if key == name or key.startswith(f"{name}_")}
-    return {(called or name) + key.removeprefix(name): value for key, value in own.items()}
+def _columns(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The columns of one model."""
+    return {key: value for key, value in row.items() if key == name or key.startswith(f"{name}_")}

@@ -131,6 +131,14 @@ class PPOConfig(Section):
         return self.epochs == 1 and self.batch_size == self.pool_size
 
     @model_validator(mode="after")
+    def _sampling_can_be_repeated(self) -> "PPOConfig":
+        if self.deterministic and self.sampling.top_p < 1:
+            raise ValueError(
+                "deterministic: torch adds up the probabilities of top_p in no fixed order on a GPU; drop one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_batches(self) -> "PPOConfig":
         if self.pool_size % self.batch_size:
             pool = "rollout_batch_size" + (" x generation_batches" if self.generation_batches > 1 else "")

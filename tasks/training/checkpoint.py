@@ -88,7 +88,7 @@ def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, An
                 engine.load(target / name)
             own = torch.load(target / f"rank-{rank()}.pt", weights_only=False)
             _set_random_state(own["random"])
-            LOG.info("goes on from the checkpoint of step %d", sealed["step"])
+            LOG.info("the checkpoint of step %d is loaded", sealed["step"])
             return sealed["step"], own["state"]
         if rank() == 0:
             print(f"the checkpoint {target} is damaged ({damaged[0]}); the one before it is taken", file=sys.stderr)

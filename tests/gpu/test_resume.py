@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def start(directory: Path, inputs: dict[str, Path]) -> Ranks:
     """PPO as its one process, from a checkpoint if there is one."""
-    config = PPOConfig(**PPO).model_dump(mode="json")
+    config = PPOConfig(**PPO, deterministic=True).model_dump(mode="json")
     return start_stage("ppo", directory, {"ppo": config, "seed": 3, "max_answer_tokens": 8}, inputs, 1, "cuda")
 
 

@@ -35,7 +35,6 @@ PPO = {
     "normalise_rewards": True,
     "ema_decay": 0.8,
     "checkpoint_every": 2,
-    "deterministic": True,
     "policy_optimizer": {"learning_rate": 0.01},
     "critic_optimizer": {"learning_rate": 0.01},
 }

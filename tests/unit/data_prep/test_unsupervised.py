@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +42,8 @@ def test_chunks_are_the_text_with_eos_between_documents(tmp_path: Path, folder: 
     (tmp_path / "texts.csv").write_text("id,body\n" + "".join(f"{n},{text}\n" for n, text in enumerate(texts)))
     spec = TextSpec("texts", path=str(tmp_path / "texts.csv"), column="body")
     assert download_text(spec, None, folder("raw"))["rows"] == {"train": 4}
-    counts = chunk(tmp_path / "raw", tokenizer_dir, 7, None, 0.0, folder("out"))
+    copytree(tmp_path / "raw" / "train", tmp_path / "raw" / "eval")
+    counts = chunk(tmp_path / "raw", tokenizer_dir, 7, None, 0.5, folder("out"))
     tokenizer = load_tokenizer(tokenizer_dir)
     whole = [token for ids in encode(tokenizer, [texts[0], texts[2]]) for token in [*ids, tokenizer.eos_token_id]]
     rows = read_table(tmp_path / "out" / "ptx-train.arrow")["tokens"]
@@ -54,7 +56,7 @@ def test_chunks_are_the_text_with_eos_between_documents(tmp_path: Path, folder: 
         "left_over": len(whole) % 7,
         "drops": {"empty": 1, "special_token": 1},
     }
-    assert read_table(tmp_path / "out" / "ptx-eval.arrow").num_rows == 0
+    assert counts["eval"] == counts["train"]
 
 
 def test_documents_are_held_out_where_there_is_no_test_split(
@@ -78,8 +80,10 @@ def test_a_set_of_a_mirror_with_splits_and_a_subset(tmp_path: Path, folder: Fold
     counts = chunk(tmp_path / "raw", tokenizer_dir, 16, ARTICLE, 0.5, folder("out"))
     assert counts["eval"]["documents"] == 2, "the set's own split, whatever eval_fraction says"
     assert counts["train"]["chunks"] > 20 > counts["eval"]["chunks"]
-    with pytest.raises(ValueError, match="fills no chunk of 100000 tokens"):
+    with pytest.raises(ValueError, match="The unsupervised text fills no chunk of 100000 tokens"):
         chunk(tmp_path / "raw", tokenizer_dir, 100_000, ARTICLE, 0.5, folder("none"))
+    with pytest.raises(ValueError, match="The held-out unsupervised text fills no chunk of 200 tokens"):
+        chunk(tmp_path / "raw", tokenizer_dir, 200, ARTICLE, 0.5, folder("few"))
     with pytest.raises(ValueError, match="has no Parquet files of the split train: correct the split's name"):
         download_text(TextSpec("someone/wiki", subset="small"), str(tmp_path / "hub"), folder("raw2"))
 

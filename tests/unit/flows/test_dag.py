@@ -1,12 +1,15 @@
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import dag
+from tasks import dag, stages
 from tasks.config import SIX_SETS, ConfigError, RunConfig, parse
 from tasks.dag import Choice
+from tasks.stages import StageRef
 
 
 def with_(tree: dict[str, Any], **changes: Any) -> dict[str, dag.Node]:
@@ -235,3 +238,38 @@ def test_a_stage_that_the_run_has_not(tree: dict[str, Any]) -> None:
     tree["data"] |= {"demo": None, "sources": {"own": {"path": __file__}}}
     with pytest.raises(ConfigError, match="--until demo: this run has no such stage"):
         Choice(until="demo").check(dag.graph(parse(tree)))
+
+
+def test_a_comparison_reads_the_champions_own_evaluation_where_it_was_of_the_same_kind(
+    tree: dict[str, Any], make_all: Callable[..., dict[str, StageRef]]
+) -> None:
+    before = make_all(parse(tree))
+    champion = replace(before["ppo"], stage="champion")
+    tree["ppo"] = {"kl_coef": 0.2}
+    config = parse(tree)
+    refs = make_all(config)
+    assert dag.comparison(config, refs, champion).inputs["answered"] == replace(before["evaluate"], cached=True)
+    for change in (
+        {"evaluate": {"prompts": 3}},
+        {"reward": {"epochs": 2}},
+        {"data": {**tree["data"], "max_prompt_tokens": 99}},
+    ):
+        other = parse({**tree, **change})
+        assert "answered" not in dag.comparison(other, make_all(other), champion).inputs, change
+    (before["evaluate"].directory / "out.txt").write_text("damaged")
+    assert "answered" not in dag.comparison(config, refs, champion).inputs
+
+
+def test_a_comparison_that_was_made_without_it_is_not_made_again(
+    tree: dict[str, Any], make_all: Callable[..., dict[str, StageRef]]
+) -> None:
+    before = make_all(parse(tree))
+    champion = replace(before["ppo"], stage="champion")
+    tree["ppo"] = {"kl_coef": 0.2}
+    config = parse(tree)
+    refs = make_all(config)
+    answered = before["evaluate"].directory
+    answered.rename(answered.with_name("elsewhere"))
+    made = stages.run(dag.comparison(config, refs, champion), lambda out: {})
+    answered.with_name("elsewhere").rename(answered)
+    assert stages.finished(dag.comparison(config, refs, champion)) == replace(made, cached=True)

@@ -35,7 +35,7 @@ def test_a_shipped_config_is_read_and_has_its_stages(path: Path) -> None:
 @pytest.mark.parametrize(
     ("run", "gpu", "models"),
     [
-        ("smollm2-135m", "a100", {"policy": SMOLLM2}),
+        ("smollm2-135m", "a6000", {"policy": SMOLLM2}),
         ("opt-1.3b", "h100", {"policy": OPT_1B, "reward": OPT_350M}),
         ("llama-7b", "a100", {"policy": LLAMA_7B}),
     ],

@@ -1,13 +1,16 @@
 """What the launched process sets up before a stage runs in it."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tasks import evaluate, worker
+from tasks import worker
+from tasks.config import SFTConfig
+from tasks.training import sft
 
 
 @pytest.fixture
@@ -19,11 +22,16 @@ def as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_stage_that_asks_for_it_adds_in_one_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_before: None, wanted: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, as_before: None, wanted: bool
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr(evaluate, "run", lambda job: {"is": torch.are_deterministic_algorithms_enabled()})
+    monkeypatch.setattr(worker, "start", lambda device, distributed: torch.device(device))
+    monkeypatch.setattr(worker, "keep_ancestry", lambda job: None)
+    monkeypatch.setattr(sft, "run", lambda job: {"is": torch.are_deterministic_algorithms_enabled()})
     (tmp_path / "records").mkdir()
-    spec = {"config": {"evaluate": {"deterministic": wanted}}, "inputs": {}, "device": "cpu"}
+    config = SFTConfig(deterministic=wanted).model_dump(mode="json")
+    spec = {"config": {"sft": config}, "inputs": {}, "device": "cpu"}
     (tmp_path / "records" / "config.json").write_text(json.dumps(spec))
-    assert worker.run("evaluate", tmp_path, lambda: False) == {"is": wanted}
+    with caplog.at_level(logging.INFO, "tasks"):
+        assert worker.run("sft", tmp_path, lambda: False) == {"is": wanted}
+    assert caplog.messages == ["sft: begins on cpu", "sft: done"]

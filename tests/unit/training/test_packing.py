@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tasks.training import attention
 from tasks.training import logprobs as logprobs_module
 from tasks.training.attention import FAMILIES, use_packed
 from tasks.training.attention_cudnn import dense_attention
@@ -23,7 +24,7 @@ from tasks.training.batches import language_batch, left_padded, pair_batch
 from tasks.training.decoder import UnsupportedError, decoder_of
 from tasks.training.logprobs import scores_from_hidden, token_entropy, token_logprobs
 from tasks.training.models import Policy, ScalarModel
-from tasks.training.packing import best_fit, in_few_shapes
+from tasks.training.packing import best_fit, in_few_shapes, packed
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -188,6 +189,14 @@ def test_padded_batches_keep_their_masks(policy):
     for row, got in zip(rows, together, strict=True):
         alone = policy(left_padded([row], 0, CPU), 1).logprobs[0]
         torch.testing.assert_close(got[-len(alone) :], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_cudnn_is_not_asked_where_sums_are_to_come_in_one_order(monkeypatch):
+    monkeypatch.setattr(attention, "is_fast", lambda device: True)
+    row = packed([[5] * 128, [6] * 128], CPU)
+    assert attention.inside(row)["by_cudnn"]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not attention.inside(row)["by_cudnn"]
 
 
 def test_scores_of_packed_pairs_are_those_of_the_answers_alone():

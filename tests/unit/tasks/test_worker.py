@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import torch
 from tasks import worker
 from tasks.config import SFTConfig
 from tasks.training import sft
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -35,3 +40,15 @@ def test_a_stage_that_asks_for_it_adds_in_one_order(
     with caplog.at_level(logging.INFO, "tasks"):
         assert worker.run("sft", tmp_path, lambda: False) == {"is": wanted}
     assert caplog.messages == ["sft: begins on cpu", "sft: done"]
+
+
+def test_a_worker_begins_without_packages_that_no_stage_uses() -> None:
+    program = """
+import sys
+from tasks import worker
+with worker.left_out("mlflow", "sklearn"):
+    import deepspeed, tasks.training.ppo
+assert not {"mlflow", "sklearn"} & {name.partition(".")[0] for name in sys.modules}
+import sklearn
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"})

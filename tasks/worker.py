@@ -31,6 +31,7 @@ from tasks.json_lines import cut_back
 from tasks.profiling import profiled
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
+from tasks.training.ranks import disband
 
 MODULES = {
     "base": "tasks.base",
@@ -58,6 +59,7 @@ def main() -> None:
         report = run(stage, directory, stop)
     except Stopped as stopped:
         leave(directory, "stopped", str(stopped), resumes_at=stopped.step)
+        disband()
         raise SystemExit(STOPPED) from None
     except ValueError as error:
         traceback.print_exc()
@@ -76,6 +78,7 @@ def main() -> None:
         raise SystemExit(1) from None
     if is_first_rank():
         write_json(directory / RECORDS / "report.json", report)
+    disband()
 
 
 def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:

@@ -41,3 +41,10 @@ def gather_rows(rows: list[dict]) -> list[dict]:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def disband() -> None:
+    """End this process's group, before the process exits, where it is gloo's: one of its threads then aborts now and
+    then, and a stage that was done would count as killed."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()

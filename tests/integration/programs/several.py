@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 
+from tasks.training.ranks import disband
+
 
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -25,6 +27,7 @@ def main() -> None:
         import_module(f"tests.integration.programs.{program}").main([str(out), *arguments])
         torch._dynamo.reset()
         gc.collect()
+    disband()
 
 
 if __name__ == "__main__":

@@ -111,3 +111,9 @@ def test_an_unknown_key_is_told_the_keys_of_its_own_place(file: Path) -> None:
         load(file, ["learning_rat=1"])
     with pytest.raises(ConfigError, match=r"^kl_coef: unknown key; did you mean ppo.kl_coef\?$"):
         load(file, ["kl_coef=1"])
+
+
+def test_probabilities_that_are_added_in_no_fixed_order_are_refused_where_order_counts() -> None:
+    with pytest.raises(ConfigError, match=r"ppo.*deterministic: torch adds up the probabilities of top_p"):
+        parse({"ppo": {"deterministic": True, "sampling": {"top_p": 0.9}}})
+    assert parse({"ppo": {"deterministic": True}}).ppo.deterministic

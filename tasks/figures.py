@@ -107,7 +107,7 @@ def _draw(panels: Sequence[Panel], rows: Mapping[str, Rows], pools: Rows) -> byt
     for number, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(lines, columns, number + 1), panel, rows[panel.stage])
     if pools:
-        _draw_over_kl(figure.add_subplot(lines, columns, count), pools)
+        draw_over_kl(figure.add_subplot(lines, columns, count), pools)
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="white")
     return file.getvalue()
@@ -133,7 +133,7 @@ def _draw_panel(axes: Any, panel: Panel, rows: Rows) -> None:
     plain(axes, panel.title, "rollout" if panel.stage == "ppo" else "optimizer step", panel.unit)
 
 
-def _draw_over_kl(axes: Any, pools: Rows) -> None:
+def draw_over_kl(axes: Any, pools: Rows, title: str = "PPO: both rewards over KL") -> None:
     """Both reward models over the KL that PPO went through (as in Gao, Schulman & Hilton 2023)."""
     ordered = sorted(pools, key=lambda pool: pool["kl"])
     kl = [pool["kl"] for pool in ordered]
@@ -142,7 +142,7 @@ def _draw_over_kl(axes: Any, pools: Rows) -> None:
         axes.plot(kl, scores, "o", color=colour, markersize=3, alpha=0.5)
         axes.plot(smoothed(kl), smoothed(scores), color=colour, linewidth=1.8, label=label)
     axes.legend(fontsize=8, frameon=False)
-    plain(axes, "PPO: both rewards over KL", "KL to the SFT model, nats per answer", "score")
+    plain(axes, title, "KL to the SFT model, nats per answer", "score")
 
 
 def plain(axes: Any, title: str, below: str, left: str) -> None:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tasks.figures import GUIDE, INK, LINE, plain, smoothed
+from tasks.figures import INK, draw_over_kl
 from tasks.json_lines import read_rows
 
 HERE = Path(__file__).parent
@@ -21,20 +21,13 @@ GATE = 12
 
 
 def main() -> None:
-    pools = sorted(read_rows(HERE / "smollm2-135m-pools.jsonl"), key=lambda row: row["kl"])
-    kl = [pool["kl"] for pool in pools]
     figure = Figure(figsize=(8.2, 3.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for scorer, name, colour in (("reward", "reward model", LINE), ("gold", "gold reward model", GUIDE)):
-        scores = [pool[scorer] for pool in pools]
-        axes.plot(kl, scores, "o", color=colour, markersize=3.5, alpha=0.5)
-        axes.plot(smoothed(kl), smoothed(scores), color=colour, linewidth=1.8, label=name)
+    title = "PPO with a fifth of the KL penalty and 2.5 times the learning rate"
+    draw_over_kl(axes, read_rows(HERE / "smollm2-135m-pools.jsonl"), title)
     axes.axvline(GATE, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate("gate: KL <= 12", (GATE + 0.4, 1.25), fontsize=8.5, color=INK)
-    axes.legend(fontsize=8.5, frameon=False, loc="lower right")
-    title = "PPO with a fifth of the KL penalty and 2.5 times the learning rate"
-    plain(axes, title, "KL to the SFT model, nats per answer", "score")
     figure.savefig(HERE.parent / "pictures" / "smollm2-135m.png", facecolor="white")
 
 

@@ -240,15 +240,20 @@ def test_a_stage_that_the_run_has_not(tree: dict[str, Any]) -> None:
         Choice(until="demo").check(dag.graph(parse(tree)))
 
 
-def test_a_comparison_reads_the_champions_own_evaluation_where_it_was_of_the_same_kind(
-    tree: dict[str, Any], make_all: Callable[..., dict[str, StageRef]]
-) -> None:
-    before = make_all(parse(tree))
-    champion = replace(before["ppo"], stage="champion")
+@pytest.fixture
+def first(tree: dict[str, Any], make_all: Callable[..., dict[str, StageRef]]) -> dict[str, StageRef]:
+    """The stages of a run whose policy is the champion now; `tree` is then that of a run with other settings of PPO."""
+    refs = make_all(parse(tree))
     tree["ppo"] = {"kl_coef": 0.2}
-    config = parse(tree)
+    return refs
+
+
+def test_a_comparison_reads_the_champions_own_evaluation_where_it_was_of_the_same_kind(
+    tree: dict[str, Any], first: dict[str, StageRef], make_all: Callable[..., dict[str, StageRef]]
+) -> None:
+    champion, config = replace(first["ppo"], stage="champion"), parse(tree)
     refs = make_all(config)
-    assert dag.comparison(config, refs, champion).inputs["answered"] == replace(before["evaluate"], cached=True)
+    assert dag.comparison(config, refs, champion).inputs["answered"] == replace(first["evaluate"], cached=True)
     for change in (
         {"evaluate": {"prompts": 3}},
         {"reward": {"epochs": 2}},
@@ -256,19 +261,16 @@ def test_a_comparison_reads_the_champions_own_evaluation_where_it_was_of_the_sam
     ):
         other = parse({**tree, **change})
         assert "answered" not in dag.comparison(other, make_all(other), champion).inputs, change
-    (before["evaluate"].directory / "out.txt").write_text("damaged")
+    (first["evaluate"].directory / "out.txt").write_text("damaged")
     assert "answered" not in dag.comparison(config, refs, champion).inputs
 
 
 def test_a_comparison_that_was_made_without_it_is_not_made_again(
-    tree: dict[str, Any], make_all: Callable[..., dict[str, StageRef]]
+    tree: dict[str, Any], first: dict[str, StageRef], make_all: Callable[..., dict[str, StageRef]]
 ) -> None:
-    before = make_all(parse(tree))
-    champion = replace(before["ppo"], stage="champion")
-    tree["ppo"] = {"kl_coef": 0.2}
-    config = parse(tree)
+    champion, config = replace(first["ppo"], stage="champion"), parse(tree)
     refs = make_all(config)
-    answered = before["evaluate"].directory
+    answered = first["evaluate"].directory
     answered.rename(answered.with_name("elsewhere"))
     made = stages.run(dag.comparison(config, refs, champion), lambda out: {})
     answered.with_name("elsewhere").rename(answered)

@@ -33,15 +33,18 @@ def test_a_shipped_config_is_read_and_has_its_stages(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "gpu", "models"),
+    ("run", "gpu", "models", "settings"),
     [
-        ("smollm2-135m", "a6000", {"policy": SMOLLM2}),
-        ("opt-1.3b", "h100", {"policy": OPT_1B, "reward": OPT_350M}),
-        ("llama-7b", "a100", {"policy": LLAMA_7B}),
+        ("smollm2-135m", "a6000", {"policy": SMOLLM2}, ()),
+        ("smollm2-135m", "l4", {"policy": SMOLLM2}, ("ppo.micro_batch_size=16", "reward.micro_batch_tokens=16384")),
+        ("opt-1.3b", "h100", {"policy": OPT_1B, "reward": OPT_350M}, ()),
+        ("llama-7b", "a100", {"policy": LLAMA_7B}, ()),
     ],
 )
-def test_it_fits_its_gpu_by_prediction(tmp_path: Path, run: str, gpu: str, models: dict[str, dict[str, Any]]) -> None:
-    changes = []
+def test_it_fits_its_gpu_by_prediction(
+    tmp_path: Path, run: str, gpu: str, models: dict[str, dict[str, Any]], settings: tuple[str, ...]
+) -> None:
+    changes = list(settings)
     for role, shape in models.items():
         (tmp_path / role).mkdir()
         (tmp_path / role / "config.json").write_text(json.dumps(shape))

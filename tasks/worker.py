@@ -31,7 +31,7 @@ from tasks.json_lines import cut_back
 from tasks.profiling import profiled
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
-from tasks.training.ranks import disband
+from tasks.training.ranks import exit_rank
 
 MODULES = {
     "base": "tasks.base",
@@ -49,7 +49,8 @@ SECONDS_BETWEEN_PROGRESS = 0.5
 LOG = logging.getLogger("tasks.worker")
 
 
-def main() -> None:
+def main() -> int:
+    """Train or evaluate a stage. Returns the exit code."""
     stage, directory = sys.argv[1], Path(sys.argv[2])
     stop = StopRequest()
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s")
@@ -59,26 +60,25 @@ def main() -> None:
         report = run(stage, directory, stop)
     except Stopped as stopped:
         leave(directory, "stopped", str(stopped), resumes_at=stopped.step)
-        disband()
-        raise SystemExit(STOPPED) from None
+        return STOPPED
     except ValueError as error:
         traceback.print_exc()
         leave(directory, "user", str(error))
-        raise SystemExit(2) from None
+        return 2
     except NotFiniteError as error:
         leave(directory, "nan", str(error))
-        raise SystemExit(1) from None
+        return 1
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
         leave(directory, "oom", f"{out_of_memory(stage)} ({str(error).splitlines()[0]})")
-        raise SystemExit(1) from None
+        return 1
     except Exception as error:
         traceback.print_exc()
         leave(directory, "bug", f"{type(error).__name__}: {error}")
-        raise SystemExit(1) from None
+        return 1
     if is_first_rank():
         write_json(directory / RECORDS / "report.json", report)
-    disband()
+    return 0
 
 
 def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -265,4 +265,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    main()
+    exit_rank(main())

@@ -16,7 +16,7 @@ from tasks.training.batches import left_padded
 from tasks.training.engine import start, train_engine
 from tasks.training.experience import slot_engine
 from tasks.training.models import Policy
-from tasks.training.ranks import disband, gather_rows, rank
+from tasks.training.ranks import exit_rank, gather_rows, rank
 from tasks.training.rollout import generate
 from tasks.training.rollout_slots import Request, Sampling
 
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     everyone = gather_rows(found)
     if rank() == 0:
         (options.out / "result.json").write_text(json.dumps(everyone))
-    disband()
 
 
 if __name__ == "__main__":
     main()
+    exit_rank()

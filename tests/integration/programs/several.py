@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 
-from tasks.training.ranks import disband
+from tasks.training.ranks import exit_rank
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
         import_module(f"tests.integration.programs.{program}").main([str(out), *arguments])
         torch._dynamo.reset()
         gc.collect()
-    disband()
 
 
 if __name__ == "__main__":
     main()
+    exit_rank()

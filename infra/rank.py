@@ -1,9 +1,11 @@
 """What runs first in every process of a step: `python -m infra.rank MODULE ARGUMENTS` runs MODULE as `__main__`.
 
-It ties the process to its launcher, prints line by line, and tells the flow its pid and its exit code. SIGUSR2 has it
-print the stacks of all its threads. Under Slurm it takes its place among the ranks from Slurm's variables.
+It ties the process to its launcher, prints line by line, tells the flow its pid and its exit code, and then ends at
+once. SIGUSR2 has it print the stacks of all its threads. Under Slurm it takes its place among the ranks from Slurm's
+variables.
 """
 
+import atexit
 import faulthandler
 import io
 import os
@@ -23,6 +25,8 @@ from infra.slurm import STOP_SIGNAL
 
 def main() -> None:
     """Runs the module that the command line names; exits as it does."""
+    code = 1
+    atexit.register(lambda: _end_at_once(code))  # the first to be registered is called last
     if "SLURM_PROCID" in os.environ:
         _join_slurm_step()
     else:
@@ -55,6 +59,16 @@ def _run(module: str) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _end_at_once(code: int) -> None:
+    """Exit without Python's own clearing up, in which a thread of gloo that still holds a tensor aborts the process.
+
+    All would be done, and the step yet count as killed. Destroying the group does not help: DeepSpeed keeps hold of it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _join_slurm_step() -> None:

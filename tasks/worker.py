@@ -31,7 +31,6 @@ from tasks.json_lines import cut_back
 from tasks.profiling import profiled
 from tasks.stages import RECORDS, checkpoint_step, write_json
 from tasks.training.job import Job, NotFiniteError, Stopped
-from tasks.training.ranks import exit_rank
 
 MODULES = {
     "base": "tasks.base",
@@ -49,8 +48,7 @@ SECONDS_BETWEEN_PROGRESS = 0.5
 LOG = logging.getLogger("tasks.worker")
 
 
-def main() -> int:
-    """Train or evaluate a stage. Returns the exit code."""
+def main() -> None:
     stage, directory = sys.argv[1], Path(sys.argv[2])
     stop = StopRequest()
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s")
@@ -60,25 +58,24 @@ def main() -> int:
         report = run(stage, directory, stop)
     except Stopped as stopped:
         leave(directory, "stopped", str(stopped), resumes_at=stopped.step)
-        return STOPPED
+        raise SystemExit(STOPPED) from None
     except ValueError as error:
         traceback.print_exc()
         leave(directory, "user", str(error))
-        return 2
+        raise SystemExit(2) from None
     except NotFiniteError as error:
         leave(directory, "nan", str(error))
-        return 1
+        raise SystemExit(1) from None
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
         leave(directory, "oom", f"{out_of_memory(stage)} ({str(error).splitlines()[0]})")
-        return 1
+        raise SystemExit(1) from None
     except Exception as error:
         traceback.print_exc()
         leave(directory, "bug", f"{type(error).__name__}: {error}")
-        return 1
+        raise SystemExit(1) from None
     if is_first_rank():
         write_json(directory / RECORDS / "report.json", report)
-    return 0
 
 
 def run(stage: str, directory: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -265,4 +262,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    exit_rank(main())
+    main()

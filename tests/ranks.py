@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 Ranks = list[subprocess.Popen[str]]
 
 
-def start_ranks(command: Sequence[object], processes: int) -> Ranks:
-    """`python COMMAND` as so many ranks of one group."""
+def start_ranks(module: str, arguments: Sequence[object], processes: int) -> Ranks:
+    """`python -m MODULE ARGUMENTS` as so many ranks of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,7 +24,7 @@ def start_ranks(command: Sequence[object], processes: int) -> Ranks:
     for rank in range(processes):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path} | {k: str(v) for k, v in own.items()}
-        argv = [sys.executable, *map(str, command)]
+        argv = [sys.executable, "-m", "infra.rank", module, *map(str, arguments)]
         ranks.append(
             subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
         )
@@ -48,7 +48,7 @@ def start_stage(
     }
     (directory / "records").mkdir(parents=True, exist_ok=True)
     (directory / "records" / "config.json").write_text(json.dumps(spec))
-    return start_ranks(["-m", "tasks.worker", stage, directory], processes)
+    return start_ranks("tasks.worker", [stage, directory], processes)
 
 
 def finish(ranks: Ranks, code: int = 0) -> str:

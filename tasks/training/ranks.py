@@ -1,9 +1,5 @@
 """Sums and votes over all ranks; with one process, or none set up, they are the value itself."""
 
-import os
-import sys
-from typing import NoReturn
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,16 +41,3 @@ def gather_rows(rows: list[dict]) -> list[dict]:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
-
-
-def exit_rank(code: int = 0) -> NoReturn:
-    """End this process with an exit code; where its group is gloo's, at once, without Python's own clearing up.
-
-    A thread of gloo that still holds a tensor asks then for an interpreter that is gone, and the process aborts though
-    all is done: the stage would count as killed. Destroying the group does not help, as DeepSpeed keeps hold of it.
-    """
-    if not (dist.is_initialized() and dist.get_backend() == "gloo"):
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

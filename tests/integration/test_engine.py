@@ -10,8 +10,7 @@ from tests.ranks import finish, start_ranks
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-PROGRAM = Path(__file__).parent / "programs" / "engine_steps.py"
-FP16_PROGRAM = PROGRAM.with_name("fp16_steps.py")
+PROGRAMS = "tests.integration.programs"
 
 
 def run_steps(out: Path, processes: int, stage: int, tokens: int, extra: list[str] | None = None) -> dict:
@@ -20,7 +19,7 @@ def run_steps(out: Path, processes: int, stage: int, tokens: int, extra: list[st
     if processes == 1:
         engine_steps.main(arguments)
     else:
-        finish(start_ranks([PROGRAM, *arguments], processes))
+        finish(start_ranks(f"{PROGRAMS}.engine_steps", arguments, processes))
     return json.loads((out / "result.json").read_text())
 
 
@@ -108,7 +107,7 @@ def test_adapters_resume_bit_for_bit_on_an_untouched_base_and_are_merged(tmp_pat
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_an_fp16_overflow_of_one_engine_skips_the_step_of_both(stage):
-    printed = finish(start_ranks([FP16_PROGRAM, stage], 1)).splitlines()
+    printed = finish(start_ranks(f"{PROGRAMS}.fp16_steps", [stage], 1)).splitlines()
     first, second, third = (json.loads(line) for line in printed if line.startswith("{"))
     norm = 20**0.5  # of four rows of ones and four biases of one
     for step in (first, third):

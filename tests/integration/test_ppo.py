@@ -22,6 +22,7 @@ from tests.tiny import tiny_llama_for
 
 pytestmark = pytest.mark.slow
 
+PROGRAMS = "tests.integration.programs"
 TEXTS = ["tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
 PPO = {
     "steps": 6,
@@ -124,8 +125,7 @@ def test_two_ranks_with_half_of_the_rows_have_the_numbers_of_one(tmp_path: Path,
     """Advantages after whitening, the adapted KL coefficient, losses and gradient norms, for given answers."""
     results = []
     for ranks in (1, 2):
-        program = Path(__file__).parent / "programs" / "ppo_steps.py"
-        finish(start_ranks([program, tmp_path, stage, "--epochs", epochs], ranks))
+        finish(start_ranks(f"{PROGRAMS}.ppo_steps", [tmp_path, stage, "--epochs", epochs], ranks))
         results.append(json.loads((tmp_path / "result.json").read_text()))
     one, two = results
     assert (one["ranks"], two["ranks"]) == (1, 2)
@@ -138,7 +138,7 @@ def test_two_ranks_with_half_of_the_rows_have_the_numbers_of_one(tmp_path: Path,
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [2, 3], ids=["whole", "gathered"])
 def test_slots_of_each_rank_answer_as_the_plain_loop(tmp_path: Path, stage: int) -> None:
-    finish(start_ranks([Path(__file__).parent / "programs" / "rollout_ranks.py", tmp_path, stage], 2))
+    finish(start_ranks(f"{PROGRAMS}.rollout_ranks", [tmp_path, stage], 2))
     found = json.loads((tmp_path / "result.json").read_text())
     assert [row["rank"] for row in found] == [0, 0, 0, 1, 1, 1]
     assert all(row["same"] for row in found), found

@@ -1,15 +1,11 @@
 """Ranks that end: with the exit code they were given, whatever gloo's threads are still at."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.ranks import finish, start_ranks
-
-PROGRAM = Path(__file__).parent / "programs" / "in_flight.py"
 
 
 @pytest.mark.slow
 def test_a_rank_ends_with_its_exit_code_while_sums_are_in_flight():
     for _ in range(3):  # Python's own end aborts every second rank
-        finish(start_ranks([PROGRAM], 2), 7)
+        finish(start_ranks("tests.integration.programs.in_flight", [], 2), 7)

@@ -12,7 +12,7 @@ from tasks.training import checkpoint, engine
 from tasks.training.batches import language_batch, language_tokens, optimizer_batch
 from tasks.training.lora import Base, add_adapters
 from tasks.training.models import Policy, load_policy
-from tasks.training.ranks import all_sum, barrier, exit_rank, rank
+from tasks.training.ranks import all_sum, barrier, rank
 from tasks.training.supervised import own_share
 
 STEPS = 3
@@ -151,4 +151,3 @@ def one_by_one(policy: Policy, batch: list) -> torch.Tensor:
 
 if __name__ == "__main__":
     main()
-    exit_rank()

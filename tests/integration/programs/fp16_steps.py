@@ -12,7 +12,6 @@ from torch import nn
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training import engine
 from tasks.training.ema import own_part
-from tasks.training.ranks import exit_rank
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
 
@@ -51,4 +50,3 @@ def weights(trained: engine.TrainEngine) -> list[float]:
 
 
 main()
-exit_rank()

@@ -24,7 +24,7 @@ from tasks.training import ppo
 from tasks.training.batches import positions
 from tasks.training.engine import start
 from tasks.training.job import Job
-from tasks.training.ranks import exit_rank, gather_rows, rank, world_size
+from tasks.training.ranks import gather_rows, rank, world_size
 from tasks.training.types import Rollout, Sequences
 from tests.bench import ppo as bench
 
@@ -145,4 +145,3 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, f
 
 if __name__ == "__main__":
     main()
-    exit_rank()

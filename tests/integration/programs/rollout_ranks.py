@@ -16,7 +16,7 @@ from tasks.training.batches import left_padded
 from tasks.training.engine import start, train_engine
 from tasks.training.experience import slot_engine
 from tasks.training.models import Policy
-from tasks.training.ranks import exit_rank, gather_rows, rank
+from tasks.training.ranks import gather_rows, rank
 from tasks.training.rollout import generate
 from tasks.training.rollout_slots import Request, Sampling
 
@@ -67,4 +67,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    exit_rank()

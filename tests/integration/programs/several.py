@@ -15,8 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 
-from tasks.training.ranks import exit_rank
-
 
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -31,4 +29,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    exit_rank()

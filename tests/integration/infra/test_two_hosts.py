@@ -13,7 +13,7 @@ import pytest
 
 from infra import launch
 from infra.gpu import GpuInfrastructure
-from tests.integration.test_engine import PROGRAM, run_steps
+from tests.integration.test_engine import PROGRAMS, run_steps
 
 pytestmark = pytest.mark.slow
 SHELL = Path(__file__).parent / "programs" / "netns-shell"
@@ -64,11 +64,11 @@ def test_a_training_over_two_hosts_is_that_of_two_ranks_of_one(hosts: list[str],
     ours.mkdir()
     theirs.mkdir()
     outcome = launch.run(
-        PROGRAM.stem,
+        f"{PROGRAMS}.engine_steps",
         [str(ours), "2", "20"],
         log=ours / "log",
         launch=infrastructure(hosts).launch(),
-        env={"PYTHONPATH": f"{PROGRAM.parent}:{ROOT}"},
+        env={"PYTHONPATH": str(ROOT)},
     )
     assert outcome.exit_code == 0, outcome.tail
     assert json.loads((ours / "result.json").read_text()) == run_steps(theirs, 2, 2, 20)

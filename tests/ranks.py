@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = "tests.integration.programs"
 Ranks = list[subprocess.Popen[str]]
 
 
 def start_ranks(module: str, arguments: Sequence[object], processes: int) -> Ranks:
-    """`python -m MODULE ARGUMENTS` as so many ranks of one group."""
+    """`python -m MODULE ARGUMENTS` as so many ranks of one group, each begun and ended as the flow's are."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.programs import engine_steps
-from tests.ranks import finish, start_ranks
+from tests.ranks import PROGRAMS, finish, start_ranks
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-PROGRAMS = "tests.integration.programs"
 
 
 def run_steps(out: Path, processes: int, stage: int, tokens: int, extra: list[str] | None = None) -> dict:

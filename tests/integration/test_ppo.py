@@ -17,12 +17,11 @@ from data_prep.tokenizer import prompt_ids
 from tasks.base import train_tokenizer
 from tasks.config import PPOConfig
 from tests.integration.programs.ppo_steps import differences
-from tests.ranks import Ranks, after_step, finish, start_ranks, start_stage
+from tests.ranks import PROGRAMS, Ranks, after_step, finish, start_ranks, start_stage
 from tests.tiny import tiny_llama_for
 
 pytestmark = pytest.mark.slow
 
-PROGRAMS = "tests.integration.programs"
 TEXTS = ["tell me of the red apple", "the apple is red and the pear is green", "a pear, an apple, a plum"]
 PPO = {
     "steps": 6,

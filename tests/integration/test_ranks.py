@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.ranks import finish, start_ranks
+from tests.ranks import PROGRAMS, finish, start_ranks
 
 
 @pytest.mark.slow
 def test_a_rank_ends_with_its_exit_code_while_sums_are_in_flight():
     for _ in range(3):  # Python's own end aborts every second rank
-        finish(start_ranks("tests.integration.programs.in_flight", [], 2), 7)
+        finish(start_ranks(f"{PROGRAMS}.in_flight", [], 2), 7)

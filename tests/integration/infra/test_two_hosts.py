@@ -13,7 +13,8 @@ import pytest
 
 from infra import launch
 from infra.gpu import GpuInfrastructure
-from tests.integration.test_engine import PROGRAMS, run_steps
+from tests.integration.test_engine import run_steps
+from tests.ranks import PROGRAMS
 
 pytestmark = pytest.mark.slow
 SHELL = Path(__file__).parent / "programs" / "netns-shell"

@@ -61,3 +61,12 @@ class RewardConfig(TrainConfig):
     """Draws the mean score of each prompt's two answers to zero; 0.01 is usual, 0 is off."""
     margin: float = Field(0.0, ge=0)
     """The chosen answer's score shall be above the other's by so much (log-odds); 0: Bradley-Terry as it is."""
+    frozen_layers: int = Field(0, ge=0)
+    """The embeddings and so many of the first layers stay as they are: less to compute, and less to overfit few pairs
+    with; 0: all are trained."""
+
+    @model_validator(mode="after")
+    def _adapters_freeze_all(self) -> "RewardConfig":
+        if self.lora is not None and self.frozen_layers:
+            raise ValueError("frozen_layers: with lora every layer is frozen already; drop one of the two")
+        return self

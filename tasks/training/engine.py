@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.lora import merged
-from tasks.training.models import Policy
+from tasks.training.models import Policy, decoder_layers
 from tasks.training.ranks import all_sum, rank, world_size
 from tasks.training.types import Engine, Micro, StepReport
 
@@ -349,7 +349,7 @@ def _compile_layers(model: Any, zero_stage: int = 0) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         if zero_stage == 3:
             set_z3_leaf_module(layer, True)
             layer.forward = torch.compile(layer.forward)
@@ -358,15 +358,9 @@ def _compile_layers(model: Any, zero_stage: int = 0) -> None:
     model.compiled = True
 
 
-def _layers(model: Any) -> list[Any]:
-    """The decoder layers of a network, the unit of compilation; none of a module that is no transformers model."""
-    names = getattr(getattr(model, "model", None), "_no_split_modules", None) or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
 def _largest_layer(model: Any) -> int:
     """Parameters of the largest decoder layer, 0 without one."""
-    sizes = [sum(_elements(parameter) for parameter in layer.parameters()) for layer in _layers(model)]
+    sizes = [sum(_elements(parameter) for parameter in layer.parameters()) for layer in decoder_layers(model)]
     return max(sizes, default=0)
 
 

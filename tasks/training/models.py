@@ -129,6 +129,27 @@ def load_scalar(
     return ScalarModel(model)
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers of a network, the first one first; none of a module that is no transformers model."""
+    names = getattr(getattr(model, "model", None), "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def freeze_first(model: ScalarModel, count: int, where: str) -> None:
+    """Leave the embeddings and the first `count` layers as they are; 0 freezes nothing.
+
+    What few pairs are fitted with is then fewer weights, and the backward pass ends above them (trlX's
+    num_layers_unfrozen, counted from the other end). Raises ValueError if the model has no so many; `where` is the
+    config path, for messages.
+    """
+    layers = decoder_layers(model)
+    if count > len(layers):
+        raise ValueError(f"{where} is {count}, but this model has {len(layers)} layers; lower it")
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in [*embeddings, *layers[:count]] if count else ():
+        module.requires_grad_(False)
+
+
 def without_dropout(config: Any) -> Any:
     """The model config with every dropout probability set to 0."""
     for key, value in list(vars(config).items()):

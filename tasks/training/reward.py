@@ -26,7 +26,7 @@ from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
 from tasks.training.lora import add_adapters
 from tasks.training.losses import pairwise_loss
-from tasks.training.models import SCORE_MEAN, load_scalar
+from tasks.training.models import SCORE_MEAN, freeze_first, load_scalar
 from tasks.training.ranks import gather_rows, world_size
 from tasks.training.supervised import fit, own_share, steps_of
 from tasks.training.types import Engine, PairBatch
@@ -46,6 +46,7 @@ def run(job: Job) -> dict[str, Any]:
     steps = steps_of(config, len(train), job.stage)
     if config.lora is not None:
         add_adapters(model.model, config.lora, f"{job.stage}.lora")
+    freeze_first(model, config.frozen_layers, f"{job.stage}.frozen_layers")
     engine = train_engine(model, config.engine, config.optimizer, steps, job.device, f"{job.stage}.engine")
 
     def collate(rows: Any) -> PairBatch:

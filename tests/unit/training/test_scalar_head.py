@@ -1,12 +1,22 @@
-"""The head of a reward model: new where its folder has none, kept where it has one."""
+"""The head of a reward model, new where its folder has none; and its first layers, which may stay as they are."""
 
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
+    PreTrainedModel,
+)
 
-from tasks.training.models import load_scalar
+from tasks.config import RewardConfig
+from tasks.training.models import ScalarModel, freeze_first, load_scalar
 from tests.tiny import tiny_llama
+
+IDS = torch.arange(2, 22).view(2, 10)
 
 
 def test_new_head_is_drawn_by_seed_and_a_trained_one_is_kept(tmp_path: Path) -> None:
@@ -19,3 +29,44 @@ def test_new_head_is_drawn_by_seed_and_a_trained_one_is_kept(tmp_path: Path) -> 
     trained.save_pretrained(tmp_path / "reward")
     kept = load_scalar(tmp_path / "reward", 0, new_head_seed=1).model.score.weight
     assert torch.equal(kept, trained.score.weight.float())
+
+
+def classifiers() -> dict[str, PreTrainedModel]:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 1, "pad_token_id": 0}
+    opt = OPTConfig(vocab_size=50, ffn_dim=32, word_embed_proj_dim=16, dropout=0.0, **shape)
+    return {
+        "llama": LlamaForSequenceClassification(tiny_llama(50, num_hidden_layers=3, num_labels=1, pad_token_id=0)),
+        "opt": OPTForSequenceClassification(opt),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_gradients_above_the_frozen_layers_are_those_of_the_whole_model(family: str) -> None:
+    model = classifiers()[family].eval()
+    model(IDS).logits.square().sum().backward()
+    whole = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    freeze_first(ScalarModel(model), 2, "reward.frozen_layers")
+    model(IDS).logits.square().sum().backward()
+    own = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all(torch.equal(own[name], whole[name]) for name in own)
+    below = ("layers.0.", "layers.1.", "embed_")
+    assert own.keys() == {name for name in whole if not any(part in name for part in below)}
+    assert {"score.weight"} < own.keys()
+
+
+def test_none_are_frozen_by_0_and_no_more_than_there_are() -> None:
+    model = ScalarModel(classifiers()["llama"])
+    freeze_first(model, 0, "reward.frozen_layers")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"reward\.frozen_layers is 4, but this model has 3 layers; lower it"):
+        freeze_first(model, 4, "reward.frozen_layers")
+    freeze_first(model, 3, "reward.frozen_layers")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["model.model.norm.weight", "model.score.weight"]
+
+
+def test_frozen_layers_and_adapters_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="with lora every layer is frozen already"):
+        RewardConfig(frozen_layers=1, lora={"rank": 4})

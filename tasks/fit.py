@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, TrainConfig
+from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, RewardConfig, TrainConfig
 from tasks.shapes import GIB, GPUS, Gpu, Shape, work_of
 
 CONTEXT = 0.6 * GIB
@@ -70,12 +70,13 @@ class Load:
     """Of a sequence, for attention."""
     scores_tokens: bool = True
     """Whether it makes log-probabilities (a policy) or scalars (a critic, a reward model)."""
+    frozen_layers: int = 0
+    """Of the first layers, which stay as they are with the embeddings."""
 
 
 def trained(shape: Shape, engine: EngineConfig, lora: LoraConfig | None, load: Load, gpus: int) -> Memory:
     """Memory of a network that is trained, per GPU, at its peak: as its backward pass begins, or in its step."""
-    whole = shape.parameters
-    learnt = whole if lora is None else lora.rank * shape.adapted
+    whole, learnt = shape.parameters, _learnt(shape, lora, load.frozen_layers)
     width = _width(engine)
     shards = {stage: gpus if engine.zero_stage >= stage else 1 for stage in (1, 2, 3)}
     weights = 0.0 if engine.offload_parameters else width * whole / shards[3]
@@ -98,6 +99,14 @@ def trained(shape: Shape, engine: EngineConfig, lora: LoraConfig | None, load: L
     return Memory(weights, held, optimizer, buffers, step=step) + passes
 
 
+def _learnt(shape: Shape, lora: LoraConfig | None, frozen_layers: int = 0) -> float:
+    """Parameters that are trained."""
+    if lora is not None:
+        return lora.rank * shape.adapted
+    still = shape.embedded + shape.linear / shape.layers * frozen_layers if frozen_layers else 0
+    return shape.parameters - still
+
+
 def frozen(shape: Shape, engine: EngineConfig, gpus: int) -> Memory:
     """Memory of a network that is only read."""
     if engine.offload_parameters:
@@ -110,7 +119,8 @@ def _pass(shape: Shape, engine: EngineConfig, load: Load) -> Memory:
     layer = width * load.tokens * shape.saved(engine.compile_layers)
     kept = width * load.tokens * shape.hidden
     recomputed = engine.gradient_checkpointing
-    activations = shape.layers * kept + layer if recomputed else shape.layers * layer
+    layers = shape.layers - load.frozen_layers
+    activations = layers * kept + layer if recomputed else layers * layer
     logits = 0.0
     if load.scores_tokens:
         chunk = min(LOGITS, load.tokens * shape.vocab)
@@ -121,12 +131,12 @@ def _pass(shape: Shape, engine: EngineConfig, load: Load) -> Memory:
 def seconds(shape: Shape, engine: EngineConfig, lora: LoraConfig | None, load: Load, gpu: Gpu) -> float:
     """Time of an optimizer step of a network on one GPU, without what several GPUs say to each other."""
     rows = load.total_tokens / load.length
-    work = rows * work_of(shape, [load.length], load.scores_tokens)
+    work = rows * work_of(shape, [load.length], load.scores_tokens, load.frozen_layers)
     if lora is not None:
         work = work * 2 / 3  # a frozen weight has no gradient of its own
     share = 0.51 if engine.compile_layers else 0.37
     time = work / (gpu.flops * share) * (4 / 3 if engine.gradient_checkpointing else 1)
-    learnt = shape.parameters if lora is None else lora.rank * shape.adapted
+    learnt = _learnt(shape, lora, load.frozen_layers)
     return time * (1.1 if engine.zero_stage == 3 else 1) + (CPU_ADAM * learnt if engine.offload_optimizer else 0)
 
 
@@ -179,10 +189,16 @@ def cheapest(options: list[Setting], room: float) -> Setting | None:
 def of_training(
     config: TrainConfig, shape: Shape, scores_tokens: bool, longest: int, gpus: int, gpu: Gpu
 ) -> list[Setting]:
-    """The settings of SFT, or of the reward model (each pair is two sequences); `longest` is a sequence's limit."""
+    """The settings of SFT, or of the reward model (each pair is two sequences); `longest` is a sequence's limit.
+
+    Raises ConfigError for more frozen layers than there are.
+    """
     sequences = config.batch_size * (1 if scores_tokens else 2)
     total = max(sequences * longest // gpus, 1)
-    load = Load(min(config.micro_batch_tokens, total), total, longest, scores_tokens)
+    still = config.frozen_layers if isinstance(config, RewardConfig) else 0
+    if still > shape.layers:
+        raise ConfigError(f"reward.frozen_layers is {still}, but the model has {shape.layers} layers; lower it")
+    load = Load(min(config.micro_batch_tokens, total), total, longest, scores_tokens, still)
     return settings(shape, config.engine, config.lora, load, gpus, gpu)
 
 
@@ -237,8 +253,7 @@ def _with_the_others(
     if option.lora is None:
         total += frozen(policy, config.reference_engine, gpus)
     if config.ema_decay is not None:
-        learnt = policy.parameters if option.lora is None else option.lora.rank * policy.adapted
-        total += Memory(average=4 * learnt / (gpus if option.engine.zero_stage == 3 else 1))
+        total += Memory(average=4 * _learnt(policy, option.lora) / (gpus if option.engine.zero_stage == 3 else 1))
     return Setting(
         option.engine, option.lora, total, pool + passes * (option.seconds + seconds(critic, engine, lora, load, gpu))
     )

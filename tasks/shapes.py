@@ -72,10 +72,15 @@ class Shape:
         return self.layers * (attention + (3 if self.family == "gated" else 2) * self.hidden * self.inner)
 
     @property
+    def embedded(self) -> int:
+        """Parameters of the embeddings, of tokens and of positions."""
+        return self.vocab * (self.projected or self.hidden) + self.positions * self.hidden
+
+    @property
     def parameters(self) -> int:
         """All parameters of the causal language model."""
         d, width = self.hidden, self.projected or self.hidden
-        total = self.linear + self.vocab * width * (1 if self.tied else 2) + self.positions * d
+        total = self.linear + self.embedded + (0 if self.tied else self.vocab * width)
         if self.family == "gated":
             per_layer = 2 * d + 2 * self.normed_heads + (self.query + 2 * self.key if self.biased else 0)
             return total + self.layers * per_layer + d
@@ -145,12 +150,16 @@ def shape_of_folder(folder: Path) -> Shape:
     return shape_of(json.loads((folder / "config.json").read_text()))
 
 
-def work_of(shape: Shape, lengths: Sequence[int], scores_tokens: bool) -> float:
-    """FLOPs that a network needs, forward and backward, to train on sequences: its products and causal attention."""
+def work_of(shape: Shape, lengths: Sequence[int], scores_tokens: bool, frozen_layers: int = 0) -> float:
+    """FLOPs that a network needs, forward and backward, to train on sequences: its products and causal attention.
+
+    Of the first `frozen_layers` only the forward pass is needed, a third.
+    """
     head = shape.vocab * (shape.projected or shape.hidden) if scores_tokens else 0
     # Of each layer and token: scores and values over half of the sequence, 2 FLOPs each, three times.
     attention = 6 * shape.layers * shape.query * sum(length * length for length in lengths)
-    return 6 * (shape.linear + head) * sum(lengths) + attention
+    passes = 1 - 2 / 3 * frozen_layers / shape.layers
+    return 6 * (passes * shape.linear + head) * sum(lengths) + passes * attention
 
 
 def peak_flops(device: str) -> float | None:

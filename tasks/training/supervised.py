@@ -125,7 +125,7 @@ def speed(job: Job, engine: Engine, lengths: Sequence[int], took: float) -> dict
     """Samples and tokens a second over all ranks, and on a known GPU the share of its peak that the model's work is.
 
     The work is 6 x parameters x tokens and causal attention (Chowdhery et al. 2022, appendix B); recomputed layers do
-    not count, frozen ones count as if they were trained. Embeddings are left out, the language model's head is not.
+    not count, and of frozen ones the forward pass alone. Embeddings are left out, the language model's head is not.
     """
     found = {f"{job.stage}/samples_per_s": len(lengths) / took, f"{job.stage}/tokens_per_s": sum(lengths) / took}
     if job.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(job.device))) is not None:
@@ -134,7 +134,8 @@ def speed(job: Job, engine: Engine, lengths: Sequence[int], took: float) -> dict
         except ConfigError:
             return found  # a family whose work is not known
         scores_tokens = isinstance(engine.module, Policy)
-        found[f"{job.stage}/mfu"] = work_of(shape, lengths, scores_tokens) / took / (peak * world_size())
+        work = work_of(shape, lengths, scores_tokens, job.config[job.stage].get("frozen_layers", 0))
+        found[f"{job.stage}/mfu"] = work / took / (peak * world_size())
     return found
 
 

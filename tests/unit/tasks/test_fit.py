@@ -15,8 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig
-from tasks.fit import Load, cheapest, gpu_of, of_ppo, seconds, settings, trained
+from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, RewardConfig
+from tasks.fit import Load, cheapest, gpu_of, of_ppo, of_training, seconds, settings, trained
 from tasks.shapes import GIB, GPUS, Shape, shape_of
 from tasks.training.lora import add_adapters
 
@@ -86,6 +86,21 @@ def test_memory_is_near_the_peaks_of_the_train_bench(shape: str, load: Load, gib
 def test_time_of_recomputed_steps_is_near_deepspeeds(changes: dict, step_s: float) -> None:
     engine = EngineConfig(gradient_checkpointing=True, **changes)
     assert seconds(B17, engine, None, FULL, H100) == pytest.approx(step_s, rel=0.05)
+
+
+@pytest.mark.parametrize(("frozen_layers", "gib"), [(0, 24.5), (15, 12.6)])
+def test_memory_of_frozen_layers_is_near_the_peaks_of_a_run(frozen_layers: int, gib: float) -> None:
+    # The two reward models of infra/runs/smollm2-135m.yaml on one H200, eager.
+    config = yaml.safe_load((BENCH_SHAPES / "smollm2-135m.yaml").read_text())
+    load = Load(32_768, 98_304, 768, scores_tokens=False, frozen_layers=frozen_layers)
+    memory = trained(shape_of(config), EngineConfig(), None, load, gpus=1)
+    assert memory.allocated / GIB == pytest.approx(gib, rel=0.1)
+
+
+def test_no_more_layers_are_frozen_than_there_are() -> None:
+    config = RewardConfig(frozen_layers=25)
+    with pytest.raises(ConfigError, match=r"reward\.frozen_layers is 25, but the model has 24 layers; lower it"):
+        of_training(config, B17, False, 512, 1, H100)
 
 
 def test_bytes_per_parameter_are_those_of_zero() -> None:

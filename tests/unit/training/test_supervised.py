@@ -155,6 +155,9 @@ def test_work_is_that_of_the_known_formula() -> None:
     assert shape.linear == linear
     # 12 x layers x width x length is full attention forward and backward (Chowdhery et al. 2022); causal is half of it.
     assert work_of(shape, [5, 7], True) == 6 * (linear + 80) * 12 + 12 * 3 * 8 * (25 + 49) / 2
+    # Of two frozen layers out of three only the forward pass is needed, 2 of 6 FLOPs.
+    frozen = 6 * (linear / 3 + 80) * 12 + 2 * linear * 2 / 3 * 12 + (12 + 4 * 2) * 8 * (25 + 49) / 2
+    assert work_of(shape, [5, 7], True, frozen_layers=2) == pytest.approx(frozen)
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce RTX 5090") is None

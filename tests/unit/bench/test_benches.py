@@ -3,12 +3,18 @@
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from data_prep.tables import PAIR_SCHEMA, write_table
+from data_prep.tokenise import SCHEMAS
+from data_prep.tokenizer import prompt_ids
+from tasks.base import train_tokenizer
+from tasks.config import RewardConfig
 from tasks.shapes import GIB
-from tests.bench import memory, ppo, train
+from tests.bench import dry_run, memory, ppo, reward_folds, train
 from tests.bench.process import printed_apart
 
 TINY = argparse.Namespace(tiny=True, hub=None, profile=False, tokenizer="")
@@ -47,6 +53,52 @@ def test_the_largest_policies_fit_by_prediction(name: str, least: float) -> None
     assert memory.predicted(memory.size_of(case, tiny=False)).needed < 0.98 * case.gib * GIB
     larger = replace(case, policy=ppo.opt(7168, 96, 56))
     assert memory.predicted(memory.size_of(larger, tiny=False)).needed > case.gib * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["llama-7b", "smollm2-135m"])
+def test_a_dry_run_takes_every_stage(tmp_path: Path, config: str) -> None:
+    path = Path(__file__).parents[3] / "infra" / "runs" / f"{config}.yaml"
+    stages = list(dry_run.dry_run(path, [], tmp_path, tiny=True))
+    assert [stage for _, stage, *_ in stages] == ["sft", "reward", "ppo"]
+    assert all(predicted > 0 for *_, predicted, _ in stages)
+
+
+def test_folds_keep_what_is_about_one_prompt_together(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(iter(["one two three four five six seven eight nine ten"] * 5), 300)
+    tokenizer.save_pretrained(tmp_path / "base" / "model")
+    prompts = [[{"role": "user", "content": f"prompt {number}"}] for number in range(40)]
+    answer = [{"role": "assistant", "content": "so"}]
+    pairs = [
+        {
+            "prompt": prompt,
+            "chosen": answer,
+            "rejected": answer,
+            "source": "s",
+            "group": f"g{place // 4}",
+            "weight": 1.0,
+        }
+        for place, prompt in enumerate(prompts)
+    ]
+    write_table(pairs, tmp_path / "reward-train.arrow", PAIR_SCHEMA)
+    ids = [{**pair, "prompt": prompt_ids(tokenizer, pair["prompt"]), "chosen": [5], "rejected": [6]} for pair in pairs]
+    (tmp_path / "data").mkdir()
+    write_table(ids[1:], tmp_path / "data" / "reward-train.arrow", SCHEMAS["reward"])  # one was too long
+    inputs = {"base": str(tmp_path / "base"), "data": str(tmp_path / "data"), "split": str(tmp_path)}
+    dealt = reward_folds.folds_of({"inputs": inputs}, 3)
+    assert sum(map(len, dealt)) == 39
+    group_of = {tuple(row["prompt"]): row["group"] for row in ids}
+    per_fold = [{group_of[tuple(row["prompt"])] for row in fold} for fold in dealt]
+    assert sum(map(len, per_fold)) == len(set.union(*per_fold)) == 10
+
+
+def test_a_setting_lies_over_the_section_and_is_checked() -> None:
+    section = RewardConfig().model_dump(mode="json", exclude={"seed"})
+    found = reward_folds.with_setting(section, "frozen_layers=3,optimizer.learning_rate=1.0e-4,seed=7")
+    assert (found["frozen_layers"], found["optimizer"]["learning_rate"], found["seed"]) == (3, 1e-4, 7)
+    assert found | {"frozen_layers": 0, "seed": None, "optimizer": section["optimizer"]} == section | {"seed": None}
+    with pytest.raises(ValueError, match="frozen"):
+        reward_folds.with_setting(section, "frozen=3")
 
 
 def test_a_bench_that_hangs_is_ended_with_all_that_it_started(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,9 @@ which it tells its exit code (torchrun's own code is 1 whatever its ranks return
 stopped after a checkpoint, from a failure).
 
 A step that says nothing for `launch.stall_seconds` is stalled: its ranks print their stacks, then it is stopped.
+
+Where one of several ranks fails or is killed, the others may hang in a collective with it, and hear no SIGTERM of the
+launcher, which gives them time for a checkpoint that cannot come. On one machine they are killed soon after.
 """
 
 import json
@@ -28,7 +31,7 @@ from typing import IO, Any
 from infra.launchers import Launch, command, environment
 from infra.leases import leased
 from infra.owned import TOKEN, OwnedProcess, processes_with
-from infra.supervisor import PR_SET_PDEATHSIG, prctl, send
+from infra.supervisor import PR_SET_PDEATHSIG, descendants, is_alive, prctl, send
 
 STOPPED = 75  # exit code of a rank that was asked to stop and has written a checkpoint: a retry resumes
 TAIL_LINES = 40
@@ -38,6 +41,8 @@ START = "@start "
 EXIT = "@exit "
 DUMP_SIGNAL = signal.SIGUSR2  # a rank answers it with the stacks of its threads
 SECONDS_TO_DUMP = 3.0
+SECONDS_WITHOUT_A_RANK = 5.0
+"""For the ranks that are left to fail by themselves and say why."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,15 @@ def run(
         )
         output = _Output(process.stdout, log_file, on_line, on_progress, on_metrics)
         stalled = False
+        whole_at = time.monotonic()
         try:  # an interrupt before this line loses `process`, whose pipe then closes, which stops the command too
             while process.exit_code is None and not stalled:
                 output.read(0.2)
                 stalled = output.silent_seconds() > launch.stall_seconds
+                if not _has_lost_a_rank(output, launch):
+                    whole_at = time.monotonic()
+                elif time.monotonic() - whole_at > SECONDS_WITHOUT_A_RANK:
+                    _kill_ranks(process, output)
             if stalled:
                 _dump_stacks(process, output)
             while output.read(0):
@@ -109,9 +119,29 @@ def run(
     )
 
 
+def _has_lost_a_rank(output: "_Output", launch: Launch) -> bool:
+    """Whether one of several ranks failed, or ended without a word. Those of other machines are not seen."""
+    if launch.processes == 1 or launch.nodes > 1 or launch.launcher == "slurm":
+        return False
+    failed = any(code not in (0, STOPPED) for code in output.rank_codes.values())
+    return failed or any(not is_alive(pid) for rank, pid in output.pids.items() if rank not in output.rank_codes)
+
+
+def _kill_ranks(process: OwnedProcess, output: "_Output") -> None:
+    """Ends the ranks that are left, and what they have started; their launcher then ends by itself."""
+    for rank in _own_ranks(process, output):
+        for pid in (*descendants(rank), rank):
+            send(pid, signal.SIGKILL)
+
+
+def _own_ranks(process: OwnedProcess, output: "_Output") -> set[int]:
+    """The pids of the ranks that live on this machine."""
+    return set(processes_with(TOKEN, process.token)) & set(output.pids.values())
+
+
 def _dump_stacks(process: OwnedProcess, output: "_Output") -> None:
     """Has the ranks of this machine print what they are doing into the log."""
-    for pid in set(processes_with(TOKEN, process.token)) & set(output.pids.values()):
+    for pid in _own_ranks(process, output):
         send(pid, DUMP_SIGNAL)
         send(pid, signal.SIGCONT)  # one that was stopped answers only when it goes on
     give_up = time.monotonic() + SECONDS_TO_DUMP

@@ -57,15 +57,25 @@ def descendants(root: int, spare: Callable[[int], bool] = lambda pid: False) -> 
     return found
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, or could; a zombie does not."""
+    found = _parent_and_state(pid)
+    return found is not None and found[1] not in "ZX"
+
+
 def _processes() -> Iterator[tuple[int, int, str]]:
     for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    state, parent = file.read().rpartition(b")")[2].split()[:2]  # the name before ")" may hold anything
-            except OSError:
-                continue  # it ended between the listing and the read
-            yield int(name), int(parent), state.decode()
+        if name.isdigit() and (found := _parent_and_state(int(name))) is not None:
+            yield int(name), *found
+
+
+def _parent_and_state(pid: int) -> tuple[int, str] | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, parent = file.read().rpartition(b")")[2].split()[:2]  # the name before ")" may hold anything
+    except OSError:
+        return None  # it has ended
+    return int(parent), state.decode()
 
 
 def is_supervisor(pid: int) -> bool:

@@ -100,11 +100,12 @@ def trained(shape: Shape, engine: EngineConfig, lora: LoraConfig | None, load: L
 
 
 def _learnt(shape: Shape, lora: LoraConfig | None, frozen_layers: int = 0) -> float:
-    """Parameters that are trained."""
+    """Parameters that are trained; where layers are frozen, those of a network with a scalar for its head."""
     if lora is not None:
         return lora.rank * shape.adapted
-    still = shape.embedded + shape.linear / shape.layers * frozen_layers if frozen_layers else 0
-    return shape.parameters - still
+    if not frozen_layers:
+        return shape.parameters
+    return shape.without_embeddings * (1 - frozen_layers / shape.layers)
 
 
 def frozen(shape: Shape, engine: EngineConfig, gpus: int) -> Memory:
@@ -187,17 +188,17 @@ def cheapest(options: list[Setting], room: float) -> Setting | None:
 
 
 def of_training(
-    config: TrainConfig, shape: Shape, scores_tokens: bool, longest: int, gpus: int, gpu: Gpu
+    config: TrainConfig, shape: Shape, scores_tokens: bool, longest: int, gpus: int, gpu: Gpu, where: str
 ) -> list[Setting]:
-    """The settings of SFT, or of the reward model (each pair is two sequences); `longest` is a sequence's limit.
+    """The settings of SFT, or of a reward model (each pair is two sequences); `longest` is a sequence's limit.
 
-    Raises ConfigError for more frozen layers than there are.
+    `where` is the config path, for messages. Raises ConfigError for more frozen layers than there are.
     """
     sequences = config.batch_size * (1 if scores_tokens else 2)
     total = max(sequences * longest // gpus, 1)
     still = config.frozen_layers if isinstance(config, RewardConfig) else 0
     if still > shape.layers:
-        raise ConfigError(f"reward.frozen_layers is {still}, but the model has {shape.layers} layers; lower it")
+        raise ConfigError(f"{where}.frozen_layers is {still}, but the model has {shape.layers} layers; lower it")
     load = Load(min(config.micro_batch_tokens, total), total, longest, scores_tokens, still)
     return settings(shape, config.engine, config.lora, load, gpus, gpu)
 

@@ -107,7 +107,7 @@ def will_it_fit(
 
 def measured(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Fit]:
     """A Fit of each training stage of a run whose peak was measured; none for a model of no known kind."""
-    made = {name: refs[name].metrics for name in ("sft", "reward", "ppo") if name in refs}
+    made = {name: refs[name].metrics for name in ("sft", "reward", "gold", "ppo") if name in refs}
     if not any("peak_gib" in metrics for metrics in made.values()):
         return []
     try:
@@ -123,16 +123,15 @@ def _fits(
     config: RunConfig, policy: Shape, reward: Shape, gpu: Gpu, gpus: int, made: Mapping[str, Mapping[str, Any]]
 ) -> list[Fit]:
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
+    trained = {"sft": config.sft, "reward": config.reward, **({"gold": config.gold} if config.has_gold else {})}
+    shapes = {"sft": policy, "reward": reward, "gold": reward}
     options = {
-        "sft": of_training(config.sft, policy, True, prompt + answer, gpus, gpu),
-        "reward": of_training(config.reward, reward, False, prompt + answer, gpus, gpu),
-        "ppo": of_ppo(config.ppo, policy, reward, prompt, answer, gpus, gpu),
+        stage: of_training(section, shapes[stage], stage == "sft", prompt + answer, gpus, gpu, stage)
+        for stage, section in trained.items()
     }
-    configured = {
-        "sft": (config.sft.engine, config.sft.lora),
-        "reward": (config.reward.engine, config.reward.lora),
-        "ppo": (config.ppo.policy_engine, config.ppo.policy_lora),
-    }
+    options["ppo"] = of_ppo(config.ppo, policy, reward, prompt, answer, gpus, gpu)
+    configured = {stage: (section.engine, section.lora) for stage, section in trained.items()}
+    configured["ppo"] = (config.ppo.policy_engine, config.ppo.policy_lora)
     found = []
     for stage, settings in options.items():
         engine, lora = configured[stage]

@@ -79,8 +79,13 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All parameters of the causal language model."""
-        d, width = self.hidden, self.projected or self.hidden
-        total = self.linear + self.embedded + (0 if self.tied else self.vocab * width)
+        head = 0 if self.tied else self.vocab * (self.projected or self.hidden)
+        return self.without_embeddings + self.embedded + head
+
+    @property
+    def without_embeddings(self) -> int:
+        """Parameters of the layers, the last norm, and what widens and narrows embeddings of another width."""
+        d, total = self.hidden, self.linear
         if self.family == "gated":
             per_layer = 2 * d + 2 * self.normed_heads + (self.query + 2 * self.key if self.biased else 0)
             return total + self.layers * per_layer + d

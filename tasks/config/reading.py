@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -94,7 +95,7 @@ def _faults(error: ValidationError) -> Iterator[str]:
             shown = f" (got {given!r})" if not isinstance(given, dict) and not _long(given) else ""
             line = f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{shown}"
         # What is wrong in `reward` was laid under `gold`: it is said once.
-        if line not in seen and line.replace("gold.", "reward.", 1) not in seen:
+        if line not in seen and re.sub(r"^gold\b", "reward", line) not in seen:
             seen.add(line)
             yield line
 

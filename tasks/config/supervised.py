@@ -68,5 +68,8 @@ class RewardConfig(TrainConfig):
     @model_validator(mode="after")
     def _adapters_freeze_all(self) -> "RewardConfig":
         if self.lora is not None and self.frozen_layers:
-            raise ValueError("frozen_layers: with lora every layer is frozen already; drop one of the two")
+            raise ValueError(
+                "with lora every layer is frozen already; drop lora or set frozen_layers: 0 (gold takes from reward "
+                "what it does not set itself)"
+            )
         return self

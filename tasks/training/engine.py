@@ -341,7 +341,8 @@ def _adam(
 
 
 def _compile_layers(model: Any, zero_stage: int = 0) -> None:
-    """Compile each decoder layer when it is first called; they share their code, so one compilation serves them all.
+    """Compile each decoder layer when it is first called; they share their code, so one compilation serves all that are
+    trained, and another one each those that are frozen and the first one above them, whose input needs no gradient.
 
     ZeRO-3 gathers and releases parameters in hooks of every module, which compiled code cannot hold. There the layer is
     the unit that it gathers, and the layer's forward is compiled without the hooks around it. The backward pass reads

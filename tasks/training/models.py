@@ -138,15 +138,23 @@ def decoder_layers(model: Any) -> list[Any]:
 def freeze_first(model: ScalarModel, count: int, where: str) -> None:
     """Leave the embeddings and the first `count` layers as they are; 0 freezes nothing.
 
-    What few pairs are fitted with is then fewer weights, and the backward pass ends above them (trlX's
-    num_layers_unfrozen, counted from the other end). Raises ValueError if the model has no so many; `where` is the
+    Few pairs are then fitted with fewer weights, and the backward pass ends above the frozen layers (trlX's
+    num_layers_unfrozen, counted from the other end). Raises ValueError if the model has not so many; `where` is the
     config path, for messages.
     """
+    if not count:
+        return
     layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{where} is {count}, but the code of this model does not say what its layers are; set it to 0"
+        )
     if count > len(layers):
         raise ValueError(f"{where} is {count}, but this model has {len(layers)} layers; lower it")
+    # OPT-350M widens its embeddings by a linear layer of its own.
+    before = [module for name, module in model.named_modules() if name.endswith("project_in")]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in [*embeddings, *layers[:count]] if count else ():
+    for module in (*embeddings, *before, *layers[:count]):
         module.requires_grad_(False)
 
 

@@ -63,6 +63,13 @@ class Cell:
         children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
         return int(children[0])
 
+    def pid_of_rank(self, rank: int) -> int:
+        """The pid of one of the ranks."""
+        ranks = [pid for pid, line in self.alive().items() if "infra.rank" in line and "torch.distributed" not in line]
+        wanted = f"RANK={rank}".encode()
+        (pid,) = [pid for pid in ranks if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+        return pid
+
     def end(self, how: str) -> None:
         """SIGNAL to owner, supervisor or launcher."""
         number = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "kill -9": signal.SIGKILL}

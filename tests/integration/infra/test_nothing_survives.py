@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from infra.launch import SECONDS_WITHOUT_A_RANK
+
 GRACE = 1.5  # seconds, as in conftest.py; a checkpoint of the sleeping rank takes 0.5
 
 
@@ -56,6 +58,16 @@ def test_a_failing_rank_gives_its_code_and_its_last_words(start: Any, processes:
     assert outcome["exit_code"] == 3
     assert "the reason of the failure" in outcome["tail"][-2:]  # another rank may have the last word
     assert cell.seconds_until_gone(0.5) < 0.5
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ranks_that_hang_when_one_was_killed_are_not_given_the_grace(start: Any, launcher: str) -> None:
+    cell = start(2, "stubborn", grace_seconds=25, launcher=launcher)
+    cell.wait_until_ready()
+    os.kill(cell.pid_of_rank(1), signal.SIGKILL)
+    seconds = cell.seconds_until_gone(SECONDS_WITHOUT_A_RANK + 10)  # the killed rank's child is stubborn, too
+    assert seconds > SECONDS_WITHOUT_A_RANK - 0.5
+    assert cell.outcome()["exit_code"] not in (0, 75)
 
 
 def test_what_a_rank_leaves_behind_is_ended(start: Any) -> None:

@@ -111,7 +111,7 @@ print(sorted({{"torch", "prefect", "mlflow", "transformers", "datasets", "pandas
 def test_a_fit_names_the_configured_setting_and_the_fastest_that_fits() -> None:
     config = parse({"models": {"policy": {"hidden_size": 2048, "layers": 24, "heads": 32, "vocab_size": 49152}}})
     fits = {fit.stage: fit for fit in plan.will_it_fit(config, GPUS["a100-40"], 1)}
-    assert list(fits) == ["sft", "reward", "ppo"]
+    assert list(fits) == ["sft", "reward", "gold", "ppo"]
     assert fits["sft"].setting.engine == config.sft.engine
     assert not fits["sft"].fits
     assert fits["sft"].cheapest is not None

@@ -7,6 +7,7 @@ import torch
 import yaml
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
@@ -19,6 +20,7 @@ from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, Rewar
 from tasks.fit import Load, cheapest, gpu_of, of_ppo, of_training, seconds, settings, trained
 from tasks.shapes import GIB, GPUS, Shape, shape_of
 from tasks.training.lora import add_adapters
+from tasks.training.models import ScalarModel, freeze_first
 
 SMALL = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 SHAPES = {
@@ -97,10 +99,22 @@ def test_memory_of_frozen_layers_is_near_the_peaks_of_a_run(frozen_layers: int, 
     assert memory.allocated / GIB == pytest.approx(gib, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "opt", "gpt-neox", "qwen2", "qwen3"])
+def test_what_frozen_layers_leave_to_train_is_counted(name: str) -> None:
+    config = SHAPES[name]
+    with torch.device("meta"):
+        model = ScalarModel(AutoModelForSequenceClassification.from_config(config))
+    freeze_first(model, 2, "reward.frozen_layers")
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    load = Load(1, 1, 1, scores_tokens=False, frozen_layers=2)
+    states = trained(shape_of(config.to_dict()), EngineConfig(zero_stage=1), None, load, gpus=1).optimizer
+    assert states / 12 == pytest.approx(counted, rel=0.01)
+
+
 def test_no_more_layers_are_frozen_than_there_are() -> None:
     config = RewardConfig(frozen_layers=25)
     with pytest.raises(ConfigError, match=r"reward\.frozen_layers is 25, but the model has 24 layers; lower it"):
-        of_training(config, B17, False, 512, 1, H100)
+        of_training(config, B17, False, 512, 1, H100, "reward")
 
 
 def test_bytes_per_parameter_are_those_of_zero() -> None:

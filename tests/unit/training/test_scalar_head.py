@@ -5,15 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     OPTConfig,
     OPTForSequenceClassification,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
 )
 
-from tasks.config import RewardConfig
-from tasks.training.models import ScalarModel, freeze_first, load_scalar
+from tasks.config import ConfigError, parse
+from tasks.training.models import ScalarModel, decoder_layers, freeze_first, load_scalar
 from tests.tiny import tiny_llama
 
 IDS = torch.arange(2, 22).view(2, 10)
@@ -33,26 +39,35 @@ def test_new_head_is_drawn_by_seed_and_a_trained_one_is_kept(tmp_path: Path) -> 
 
 def classifiers() -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 1, "pad_token_id": 0}
-    opt = OPTConfig(vocab_size=50, ffn_dim=32, word_embed_proj_dim=16, dropout=0.0, **shape)
+    whole = {"num_labels": 1, "pad_token_id": 0}
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **whole}
+    opt = OPTConfig(ffn_dim=32, word_embed_proj_dim=8, dropout=0.0, do_layer_norm_before=False, **shape)
+    neox = GPTNeoXConfig(intermediate_size=32, classifier_dropout=0.0, **shape)
+    gpt2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, **whole)
     return {
-        "llama": LlamaForSequenceClassification(tiny_llama(50, num_hidden_layers=3, num_labels=1, pad_token_id=0)),
-        "opt": OPTForSequenceClassification(opt),
+        "llama": LlamaForSequenceClassification(tiny_llama(50, num_hidden_layers=3, **whole)),
+        "opt-350m": OPTForSequenceClassification(opt),
+        "qwen2": Qwen2ForSequenceClassification(Qwen2Config(intermediate_size=32, num_key_value_heads=2, **shape)),
+        "gpt-neox": GPTNeoXForSequenceClassification(neox),
+        "gpt2": GPT2ForSequenceClassification(gpt2),
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt-350m", "qwen2", "gpt-neox", "gpt2"])
 def test_gradients_above_the_frozen_layers_are_those_of_the_whole_model(family: str) -> None:
     model = classifiers()[family].eval()
     model(IDS).logits.square().sum().backward()
     whole = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     freeze_first(ScalarModel(model), 2, "reward.frozen_layers")
+    read = []
+    decoder_layers(ScalarModel(model))[2].register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0]))
     model(IDS).logits.square().sum().backward()
+    assert not read[0].requires_grad  # the backward pass ends here
     own = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert all(torch.equal(own[name], whole[name]) for name in own)
-    below = ("layers.0.", "layers.1.", "embed_")
-    assert own.keys() == {name for name in whole if not any(part in name for part in below)}
+    below = ("layers.0.", "layers.1.", ".h.0.", ".h.1.", "embed_", "project_in", ".wte.", ".wpe.")
+    assert own.keys() == {name for name, grad in whole.items() if not any(part in name for part in below)}
     assert {"score.weight"} < own.keys()
 
 
@@ -68,5 +83,8 @@ def test_none_are_frozen_by_0_and_no_more_than_there_are() -> None:
 
 
 def test_frozen_layers_and_adapters_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="with lora every layer is frozen already"):
-        RewardConfig(frozen_layers=1, lora={"rank": 4})
+    with pytest.raises(ConfigError, match="with lora every layer is frozen already") as error:
+        parse({"reward": {"frozen_layers": 1, "lora": {"rank": 4}}})
+    assert str(error.value).count("frozen already") == 1  # not once more for gold, which takes over both
+    with pytest.raises(ConfigError, match=r"^gold: .* \(gold takes from reward what it does not set itself\)"):
+        parse({"reward": {"frozen_layers": 1}, "gold": {"lora": {"rank": 4}}})

@@ -11,7 +11,7 @@ from tasks.config.evaluate import ApiJudgeConfig, EvaluateConfig
 from tasks.config.models import TinyModel
 from tasks.config.ppo import LimitsConfig, PPOConfig
 from tasks.config.promote import GatesConfig, PromoteConfig
-from tasks.config.reading import load, parse
+from tasks.config.reading import load, overlaid, parse
 from tasks.config.run import RunConfig
 from tasks.config.section import SECRET, ConfigError
 from tasks.config.supervised import RewardConfig, SFTConfig, TrainConfig
@@ -37,5 +37,6 @@ __all__ = [
     "TinyModel",
     "TrainConfig",
     "load",
+    "overlaid",
     "parse",
 ]

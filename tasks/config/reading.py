@@ -35,6 +35,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}, not keys and values")
+    return overlaid(tree, overrides)
+
+
+def overlaid(tree: dict[str, Any], overrides: Iterable[str]) -> RunConfig:
+    """The RunConfig of a plain tree of values with `path=value` overrides, which are left in it. Raises ConfigError."""
     for override in overrides:
         _set(tree, override)
     return parse(tree)

@@ -3,10 +3,10 @@
     python tests/bench/dry_run.py CONFIG [CONFIG ...] [--set KEY=VALUE ...] [--folder DIR] [--tiny] [--record]
 
 The weights are drawn, in the shapes of the models that the config names (shapes/), the tokenizer is a small one, and
-every prompt and answer is as long as the config allows: no batch of a real run is larger. SFT, the reward model and PPO
-run by their own worker, each from the models before it: three optimizer steps, three, and two pools. The gold reward
-model is one more of the second. Nothing is downloaded; Prefect and MLflow are left out. The models of a 7B take 14 GB
-each, in `--folder` or a temporary one. `--tiny` replaces every shape, on a CPU, and records nothing.
+every prompt and answer is as long as the config allows. SFT, the reward models and PPO run by their own worker, each
+from the models before it: three optimizer steps each, and two pools. Nothing is downloaded; Prefect and MLflow are left
+out. The models of a 7B take 14 GB each, in `--folder` or a temporary one. `--tiny` replaces every shape, on a CPU, and
+records nothing.
 """
 
 import argparse
@@ -36,8 +36,9 @@ from tasks.stages import RECORDS, Stage, StageRef
 from tests.bench.records import hardware, record
 
 SHAPES = Path(__file__).parent / "shapes"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "gold", "ppo")
 FEW = ("sft.max_steps=3", "reward.max_steps=3", "ppo.steps=2", "sft.eval_rows=8", "reward.eval_rows=8")
+"""Gold takes over those of the reward model."""
 TINY = (
     *("infrastructure=local-cpu", "data.max_prompt_tokens=8", "data.max_answer_tokens=8"),
     *("sft.batch_size=2", "reward.batch_size=2", "sft.engine.compile_layers=false"),
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--record", action="store_true", help="append to tests/bench/results/memory.jsonl")
     options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --tiny runs every stage in small on a CPU")
     print(
         f"{'config':<16}{'stage':<8}{'seconds':>8}{'predicted':>11}{'measured':>10} GiB   on {hardware()}", flush=True
     )
@@ -76,15 +79,15 @@ def dry_run(
     named = load(path, overrides).models
     models = {"policy": named.policy} | ({"reward": named.reward} if named.reward is not None else {})
     for role, model in models.items():
-        draw(str(model), tokenizer, folder / role / "model", tiny)
-    drawn = [f"models.{role}={folder / role / 'model'}" for role in models]
+        draw(str(model), tokenizer, folder / "drawn" / role / "model", tiny)
+    drawn = [f"models.{role}={folder / 'drawn' / role / 'model'}" for role in models]
     config = load(path, [*overrides, *FEW, *(TINY if tiny else ()), *drawn, f"workspace={folder}"])
     fits = {fit.stage: fit for fit in plan.will_it_fit(config, GPUS["h100"], plan.gpus_of(config))}
     write_rows(config, len(tokenizer), folder)
     infrastructure = GpuInfrastructure(**SHIPPED[config.infrastructure])
-    places = {"base": "policy", "reward-base": "reward", "tokenise": "rows", "ptx": "rows", "split": "split"}
+    places = {"base": "drawn/policy", "reward-base": "drawn/reward", "tokenise": "rows", "ptx": "rows"}
     graph = dag.graph(config)
-    for name in STAGES:
+    for name in filter(graph.__contains__, STAGES):
         node = graph[name]
         inputs = {role: _made(folder / places.get(key, key)) for role, key in node.inputs.items()}
         stage = Stage(node.stage, folder, node.config, inputs, node.roots)
@@ -109,6 +112,8 @@ def draw(model: str, tokenizer: PreTrainedTokenizerBase, out: Path, tiny: bool) 
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     network.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    del network
+    torch.cuda.empty_cache()  # this process has no more than CUDA's context while a stage is measured
 
 
 def write_rows(config: RunConfig, vocabulary: int, folder: Path) -> None:
@@ -116,6 +121,7 @@ def write_rows(config: RunConfig, vocabulary: int, folder: Path) -> None:
     (folder / "rows").mkdir()
     (folder / "split").mkdir()
     batches = {"sft": config.sft.batch_size, "reward": config.reward.batch_size, "ppo": config.ppo.pool_size}
+    batches["judge"] = config.gold.batch_size
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
     chunk = config.data.unsupervised.chunk_tokens if config.data.unsupervised is not None else 1
     draw = np.random.default_rng(0)

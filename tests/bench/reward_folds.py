@@ -1,12 +1,13 @@
 """Settings of the reward model on folds of its train pairs, so that no setting is chosen by a set's test rows.
 
-    python tests/bench/reward_folds.py WORKSPACE [--try KEY=VALUE[,KEY=VALUE...]]... [--folds 5] [--only 0,1] [--record]
+    python tests/bench/reward_folds.py WORKSPACE [--try "KEY=VALUE ..."]... [--folds 5] [--only 0,1] [--record]
 
 WORKSPACE has a trained reward model; its newest one's config, base model and pairs are taken. The train pairs are dealt
 into folds by the group that the split gave them, each is left out of training and then judged, and the folds are put
-together. `--try` lays keys of the section `reward` over that config (`frozen_layers=15,optimizer.learning_rate=1e-4`);
-none is the config as it is. With `seed` left alone a setting's folds are trained in the same order as another's, so
-that two settings differ by no more than what was set. The standard error beside an accuracy is that of its pairs.
+together. `--try` lays keys of the section `reward` over that config ("frozen_layers=9 optimizer.learning_rate=1.0e-4");
+none is the config as it is. The standard error beside an accuracy is that of its pairs alone. Training's own is not in
+it: on a GPU, where sums come in any order, the same setting and seed may differ by a point, which `deterministic=true`
+rules out and `seed=N` shows.
 """
 
 import argparse
@@ -17,21 +18,21 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-import yaml
 
 from data_prep.tables import iter_rows, read_table, write_table
 from data_prep.tokenise import SCHEMAS
 from data_prep.tokenizer import load_tokenizer, prompt_ids
-from tasks.config import RewardConfig
+from tasks.config import overlaid
 from tasks.training import reward
 from tasks.training.job import Job
-from tasks.worker import model_inputs
+from tasks.worker import add_in_one_order, model_inputs
 from tests.bench.process import start_here
 from tests.bench.records import hardware, record
 from tests.bench.reward_accuracy import manifests
@@ -42,19 +43,25 @@ Row = Mapping[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
-    parser.add_argument("--try", action="append", dest="tries", metavar="KEY=VALUE,...", help="a setting; again: more")
+    parser.add_argument("--try", action="append", dest="tries", metavar="KEY=VALUE ...", help="a setting; again: more")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", help="these folds alone, such as 0,1")
     parser.add_argument("--record", action="store_true", help="append to tests/bench/results/reward.jsonl")
     options = parser.parse_args()
     device = start_here("cuda" if torch.cuda.is_available() else "cpu")
     spec = newest(options.workspace)
-    dealt = folds_of(spec, options.folds)
     chosen = [int(fold) for fold in options.only.split(",")] if options.only else list(range(options.folds))
+    if options.folds < 2 or not set(chosen) <= set(range(options.folds)):
+        parser.error(f"--folds has to be 2 or more, and --only of 0 to {options.folds - 1}")
+    try:
+        settings = {setting: with_setting(spec["config"], setting) for setting in options.tries or [""]}
+    except ValueError as error:
+        parser.error(str(error))
+    dealt = folds_of(spec, options.folds)
     print(f"{sum(map(len, dealt))} pairs in folds of {', '.join(str(len(fold)) for fold in dealt)}, on {hardware()}")
-    for setting in options.tries or [""]:
+    for setting, config in settings.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = [judged(spec, setting, dealt, fold, Path(folder), device) for fold in chosen]
+            found = [judged(spec, config, dealt, fold, Path(folder), device) for fold in chosen]
         pairs = sum(result["eval_pairs"] for result in found)
         accuracy, loss = (sum(r[key] * r["eval_pairs"] for r in found) / pairs for key in ("accuracy", "loss"))
         error = math.sqrt(accuracy * (1 - accuracy) / pairs)
@@ -65,7 +72,8 @@ def main() -> None:
             print(f"  {source:<42}{hits / rows:7.2%} of {rows}", flush=True)
         if options.record:
             beside = {"name": "loss", "value": loss}
-            record("reward", f"folds {chosen}, {setting or 'as it is'}", "accuracy", accuracy, "of pairs", beside)
+            case = f"folds {chosen} of {options.folds}, {sum(map(len, dealt))} pairs, {setting or 'as it is'}"
+            record("reward", case, "accuracy", accuracy, "of pairs", beside)
 
 
 def newest(workspace: Path) -> dict[str, Any]:
@@ -90,40 +98,39 @@ def folds_of(spec: Mapping[str, Any], folds: int) -> list[list[Row]]:
     return dealt
 
 
-def with_setting(section: Mapping[str, Any], setting: str) -> dict[str, Any]:
-    """The section `reward` with KEY=VALUE,... laid over it. Raises ValueError as a config does."""
-    tree: dict[str, Any] = json.loads(json.dumps(section))
-    for part in filter(None, setting.split(",")):
-        key, _, value = part.partition("=")
-        *path, last = key.split(".")
-        place = tree
-        for name in path:
-            place = place[name]
-        place[last] = yaml.safe_load(value)
-    return RewardConfig.model_validate(tree).model_dump(mode="json", exclude={"seed"}) | {"seed": tree.get("seed")}
+def with_setting(stage: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """The stage's config with "KEY=VALUE ..." laid over its section `reward`.
+
+    Raises ValueError for what no config could hold, and for choosing a model by the pairs that shall judge it.
+    """
+    tree = {"reward": {**deepcopy(stage["reward"]), "seed": stage["seed"]}}
+    reward_config = overlaid(tree, [f"reward.{key}" for key in setting.split()]).reward
+    if reward_config.keep_best or reward_config.patience is not None:
+        raise ValueError("keep_best and patience choose by the fold that is judged; set them to false and null")
+    section = reward_config.model_dump(mode="json")
+    return {**stage, "reward": section, "seed": section.pop("seed")}
 
 
 def judged(
     spec: Mapping[str, Any],
-    setting: str,
+    config: Mapping[str, Any],
     dealt: Sequence[Sequence[Row]],
     fold: int,
     folder: Path,
     device: torch.device,
 ) -> dict[str, Any]:
     """The stage's metrics where it is trained on all folds but one, and judged on that."""
-    section = with_setting(spec["config"]["reward"], setting)
-    seed = section.pop("seed")
-    section["eval_rows"] = len(dealt[fold])
     directory = folder / str(fold)
     (directory / "data").mkdir(parents=True)
     train = [row for index, rows in enumerate(dealt) if index != fold for row in rows]
     for side, rows in (("train", train), ("eval", dealt[fold])):
         write_table(rows, directory / "data" / f"reward-{side}.arrow", SCHEMAS["reward"])
+    if config["reward"]["deterministic"]:
+        add_in_one_order()
     job = Job(
         stage="reward",
         directory=directory,
-        config={**spec["config"], "reward": section, "seed": spec["config"]["seed"] if seed is None else seed},
+        config={**config, "reward": {**config["reward"], "eval_rows": len(dealt[fold])}},
         inputs={**model_inputs(spec["inputs"]), "data": directory / "data"},
         device=device,
         log=lambda step, metrics: None,

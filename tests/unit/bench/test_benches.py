@@ -56,11 +56,11 @@ def test_the_largest_policies_fit_by_prediction(name: str, least: float) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["llama-7b", "smollm2-135m"])
+@pytest.mark.parametrize("config", ["opt-1.3b", "llama-7b", "smollm2-135m"])
 def test_a_dry_run_takes_every_stage(tmp_path: Path, config: str) -> None:
     path = Path(__file__).parents[3] / "infra" / "runs" / f"{config}.yaml"
     stages = list(dry_run.dry_run(path, [], tmp_path, tiny=True))
-    assert [stage for _, stage, *_ in stages] == ["sft", "reward", "ppo"]
+    assert [stage for _, stage, *_ in stages] == ["sft", "reward", "gold", "ppo"]
     assert all(predicted > 0 for *_, predicted, _ in stages)
 
 
@@ -93,12 +93,21 @@ def test_folds_keep_what_is_about_one_prompt_together(tmp_path: Path) -> None:
 
 
 def test_a_setting_lies_over_the_section_and_is_checked() -> None:
-    section = RewardConfig().model_dump(mode="json", exclude={"seed"})
-    found = reward_folds.with_setting(section, "frozen_layers=3,optimizer.learning_rate=1.0e-4,seed=7")
-    assert (found["frozen_layers"], found["optimizer"]["learning_rate"], found["seed"]) == (3, 1e-4, 7)
-    assert found | {"frozen_layers": 0, "seed": None, "optimizer": section["optimizer"]} == section | {"seed": None}
-    with pytest.raises(ValueError, match="frozen"):
-        reward_folds.with_setting(section, "frozen=3")
+    stage = {"reward": RewardConfig().model_dump(mode="json", exclude={"seed"}), "seed": 3}
+    assert reward_folds.with_setting(stage, "") == stage
+    found = reward_folds.with_setting(stage, "frozen_layers=3 optimizer.betas=[0.9,0.99] seed=7")
+    assert (found["seed"], found["reward"]["frozen_layers"], found["reward"]["optimizer"]["betas"]) == (
+        7,
+        3,
+        [0.9, 0.99],
+    )
+    for wrong, said in {
+        "frozen=3": "did you mean frozen_layers",
+        "optimiser.eps=1": "did you mean optimizer",
+        "eval_every=1 keep_best=true": "choose by the fold that is judged",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            reward_folds.with_setting(stage, wrong)
 
 
 def test_a_bench_that_hangs_is_ended_with_all_that_it_started(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from tasks.config import EngineConfig, OptimizerConfig
 from tasks.training.batches import right_padded
-from tasks.training.engine import TrainEngine, train_engine
-from tasks.training.models import Policy
+from tasks.training.engine import TrainEngine, gathered, train_engine
+from tasks.training.models import Policy, ScalarModel, freeze_first
 from tasks.training.types import StepReport
 from tests.tiny import tiny_llama
 
@@ -51,6 +51,36 @@ def expected(one_rank) -> list[float]:
 @pytest.mark.parametrize("micro_batch", [8, 1])
 def test_bf16_steps_as_fp32_does(one_rank, expected, stage, micro_batch):
     assert norms(one_rank, micro_batch, precision="bf16", zero_stage=stage) == pytest.approx(expected, rel=0.01)
+
+
+def frozen_steps(device, **settings) -> tuple[list[float], ScalarModel]:
+    """Gradient norms of three steps of a reward model whose first layer of two is frozen, and the model."""
+    torch.manual_seed(0)
+    config = tiny_llama(50, initializer_range=0.2, num_hidden_layers=2, num_labels=1, pad_token_id=0)
+    model = ScalarModel(LlamaForSequenceClassification(config))
+    freeze_first(model, 1, "reward.frozen_layers")
+    optimizer = OptimizerConfig(learning_rate=4e-3, weight_decay=0.1, warmup_ratio=0.0)
+    engine = train_engine(model, EngineConfig(**settings), optimizer, 10, device, "test")
+
+    def loss_of(part):
+        return engine(part)[:, -1].square().sum()
+
+    batches = [right_padded(TEXT[row : row + 4], 0, device) for row in (0, 4)]
+    return [engine.optimizer_step(batches, loss_of, 8.0).grad_norm for _ in range(3)], engine.module
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_layers_stay_as_they_are_in_bf16(one_rank, stage):
+    expected, _ = frozen_steps(one_rank, precision="fp32")
+    found, model = frozen_steps(one_rank, precision="bf16", zero_stage=stage)
+    assert found == pytest.approx(expected, rel=0.02)
+    torch.manual_seed(0)
+    config = tiny_llama(50, initializer_range=0.2, num_hidden_layers=2, num_labels=1, pad_token_id=0)
+    before = dict(LlamaForSequenceClassification(config).named_parameters())
+    with gathered(model):
+        after = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
+    same = [name for name, weights in before.items() if torch.equal(weights.bfloat16(), after[name])]
+    assert same == [name for name in before if "embed_tokens" in name or "layers.0." in name]
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4])

@@ -5,11 +5,13 @@
 The weights are drawn, in the shapes of the models that the config names (shapes/), the tokenizer is a small one, and
 every prompt and answer is as long as the config allows. SFT, the reward models and PPO run by their own worker, each
 from the models before it: three optimizer steps each, and two pools. Nothing is downloaded; Prefect and MLflow are left
-out. The models of a 7B take 14 GB each, in `--folder` or a temporary one. `--tiny` replaces every shape, on a CPU, and
-records nothing.
+out. The models of a 7B take 14 GB each, in `--folder` or a temporary one; what no later stage reads is removed, so that
+five of them lie there at a time, which are those that PPO reads and writes (four with ppo.ema_decay=null). `--tiny`
+replaces every shape, on a CPU, and records nothing.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -87,7 +89,8 @@ def dry_run(
     infrastructure = GpuInfrastructure(**SHIPPED[config.infrastructure])
     places = {"base": "drawn/policy", "reward-base": "drawn/reward", "tokenise": "rows", "ptx": "rows"}
     graph = dag.graph(config)
-    for name in filter(graph.__contains__, STAGES):
+    stages = [name for name in STAGES if name in graph]
+    for index, name in enumerate(stages):
         node = graph[name]
         inputs = {role: _made(folder / places.get(key, key)) for role, key in node.inputs.items()}
         stage = Stage(node.stage, folder, node.config, inputs, node.roots)
@@ -97,6 +100,9 @@ def dry_run(
         report = launched.run_worker(stage, directory, infrastructure, lambda *told: None, lambda *told: None)
         seconds, predicted = time.monotonic() - begun, fits[name].setting.memory.allocated / GIB
         yield config.name, name, seconds, predicted, report.get("peak_gib")
+        needed = {places.get(key, key) for later in stages[index + 1 :] for key in graph[later].inputs.values()}
+        for place in {*stages[: index + 1], *places.values()} - needed:  # the disk shall hold no more than it has to
+            shutil.rmtree(folder / place, ignore_errors=True)
 
 
 def draw(model: str, tokenizer: PreTrainedTokenizerBase, out: Path, tiny: bool) -> None:

@@ -59,9 +59,12 @@ def test_the_largest_policies_fit_by_prediction(name: str, least: float) -> None
 @pytest.mark.parametrize("config", ["opt-1.3b", "llama-7b", "smollm2-135m"])
 def test_a_dry_run_takes_every_stage(tmp_path: Path, config: str) -> None:
     path = Path(__file__).parents[3] / "infra" / "runs" / f"{config}.yaml"
-    stages = list(dry_run.dry_run(path, [], tmp_path, tiny=True))
-    assert [stage for _, stage, *_ in stages] == ["sft", "reward", "gold", "ppo"]
-    assert all(predicted > 0 for *_, predicted, _ in stages)
+    with_weights = {}
+    for _, stage, _, predicted, _ in dry_run.dry_run(path, [], tmp_path, tiny=True):
+        assert predicted > 0
+        with_weights[stage] = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*.safetensors")}
+    assert list(with_weights) == ["sft", "reward", "gold", "ppo"]
+    assert with_weights["ppo"] == {"sft", "reward", "ppo"}  # what PPO reads and writes, and no model beside that
 
 
 def test_folds_keep_what_is_about_one_prompt_together(tmp_path: Path) -> None:

@@ -192,8 +192,9 @@ def of_training(
 ) -> list[Setting]:
     """The settings of SFT, or of a reward model (each pair is two sequences); `longest` is a sequence's limit.
 
-    `where` is the config path, for messages. Raises ConfigError for more frozen layers than there are.
+    `where` is the config path, for messages. Raises ConfigError for more layers than there are.
     """
+    shape = scalar_shape(config, shape, where) if isinstance(config, RewardConfig) else shape
     sequences = config.batch_size * (1 if scores_tokens else 2)
     total = max(sequences * longest // gpus, 1)
     still = config.frozen_layers if isinstance(config, RewardConfig) else 0
@@ -201,6 +202,13 @@ def of_training(
         raise ConfigError(f"{where}.frozen_layers is {still}, but the model has {shape.layers} layers; lower it")
     load = Load(min(config.micro_batch_tokens, total), total, longest, scores_tokens, still)
     return settings(shape, config.engine, config.lora, load, gpus, gpu)
+
+
+def scalar_shape(config: RewardConfig, base: Shape, where: str) -> Shape:
+    """The shape of a reward model, and of its critic, that is made from a base. Raises ConfigError as `of_training`."""
+    if (config.layers or 0) > base.layers:
+        raise ConfigError(f"{where}.layers is {config.layers}, but the model has {base.layers} layers; lower it")
+    return replace(base, layers=config.layers or base.layers)
 
 
 def of_ppo(

@@ -16,7 +16,7 @@ from infra.shipped import SHIPPED
 from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig, TinyModel
 from tasks.dag import Choice, Node
-from tasks.fit import Setting, cheapest, of_ppo, of_training
+from tasks.fit import Setting, cheapest, of_ppo, of_training, scalar_shape
 from tasks.shapes import GIB, GPUS, Gpu, Shape, shape_of_folder, shape_of_model
 from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
@@ -102,7 +102,7 @@ def will_it_fit(
     """
     policy = _shape(config.models.policy, "models.policy")
     reward = policy if config.models.reward is None else _shape(config.models.reward, "models.reward")
-    return _fits(config, policy, reward, gpu, gpus, made or {})
+    return _fits(config, {"sft": policy, "reward": reward, "gold": reward}, gpu, gpus, made or {})
 
 
 def measured(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Fit]:
@@ -111,25 +111,28 @@ def measured(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Fit]:
     if not any("peak_gib" in metrics for metrics in made.values()):
         return []
     try:
-        policy = shape_of_folder(refs["sft"].directory / "model")
-        reward = shape_of_folder(refs["reward"].directory / "model") if "reward" in refs else policy
+        models = [name for name in ("sft", "reward", "gold") if name in refs]
+        shapes = {name: shape_of_folder(refs[name].directory / "model") for name in models}
     except ConfigError:
         return []
-    fits = _fits(config, policy, reward, GPUS["h100"], gpus_of(config), made)  # memory is the same on every GPU
+    fits = _fits(config, shapes, GPUS["h100"], gpus_of(config), made)  # memory is the same on every GPU
     return [fit for fit in fits if fit.measured is not None]
 
 
 def _fits(
-    config: RunConfig, policy: Shape, reward: Shape, gpu: Gpu, gpus: int, made: Mapping[str, Mapping[str, Any]]
+    config: RunConfig, shapes: Mapping[str, Shape], gpu: Gpu, gpus: int, made: Mapping[str, Mapping[str, Any]]
 ) -> list[Fit]:
+    """Of the stages whose models' shapes are given, made or their bases; PPO is with the reward model."""
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
-    trained = {"sft": config.sft, "reward": config.reward, **({"gold": config.gold} if config.has_gold else {})}
-    shapes = {"sft": policy, "reward": reward, "gold": reward}
+    sections = {"sft": config.sft, "reward": config.reward, **({"gold": config.gold} if config.has_gold else {})}
+    trained = {stage: section for stage, section in sections.items() if stage in shapes}
     options = {
         stage: of_training(section, shapes[stage], stage == "sft", prompt + answer, gpus, gpu, stage)
         for stage, section in trained.items()
     }
-    options["ppo"] = of_ppo(config.ppo, policy, reward, prompt, answer, gpus, gpu)
+    if "reward" in shapes:
+        critic = scalar_shape(config.reward, shapes["reward"], "reward")
+        options["ppo"] = of_ppo(config.ppo, shapes["sft"], critic, prompt, answer, gpus, gpu)
     configured = {stage: (section.engine, section.lora) for stage, section in trained.items()}
     configured["ppo"] = (config.ppo.policy_engine, config.ppo.policy_lora)
     found = []

@@ -61,6 +61,9 @@ class RewardConfig(TrainConfig):
     """Draws the mean score of each prompt's two answers to zero; 0.01 is usual, 0 is off."""
     margin: float = Field(0.0, ge=0)
     """The chosen answer's score shall be above the other's by so much (log-odds); 0: Bradley-Terry as it is."""
+    layers: Positive | None = None
+    """The score is read after so many of the base model's layers, and the others are left out, of the critic as well;
+    null: after all."""
     frozen_layers: int = Field(0, ge=0)
     """The embeddings and so many of the first layers stay as they are: less to compute, and less to overfit few pairs
     with; 0: all are trained."""
@@ -72,4 +75,10 @@ class RewardConfig(TrainConfig):
                 "with lora every layer is frozen already; drop lora or set frozen_layers: 0 (gold takes from reward "
                 "what it does not set itself)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_layers_are_there(self) -> "RewardConfig":
+        if self.layers is not None and self.frozen_layers > self.layers:
+            raise ValueError(f"frozen_layers is {self.frozen_layers}, but layers leaves {self.layers}; lower it")
         return self

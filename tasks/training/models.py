@@ -135,6 +135,25 @@ def decoder_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def keep_first(model: ScalarModel, count: int | None, where: str) -> None:
+    """Leave out all decoder layers after the first `count`, so that the last norm and the head follow these; None keeps
+    all. What is written is a plain folder of a model with fewer layers.
+
+    The last layers have learnt to say the next token, which a score does not need (top layers dropped before
+    fine-tuning: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer models"). Raises
+    ValueError if the model has not so many; `where` is the config path, for messages.
+    """
+    if count is None:
+        return
+    layers = _first_layers(model, count, where, "remove it")
+    stack = next(module for module in model.modules() if isinstance(module, nn.ModuleList) and layers[0] in [*module])
+    del stack[count:]
+    config = model.model.config
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None) is not None:  # of each layer, whether its attention is full or sliding
+        config.layer_types = config.layer_types[:count]
+
+
 def freeze_first(model: ScalarModel, count: int, where: str) -> None:
     """Leave the embeddings and the first `count` layers as they are; 0 freezes nothing.
 
@@ -144,18 +163,24 @@ def freeze_first(model: ScalarModel, count: int, where: str) -> None:
     """
     if not count:
         return
-    layers = decoder_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{where} is {count}, but the code of this model does not say what its layers are; set it to 0"
-        )
-    if count > len(layers):
-        raise ValueError(f"{where} is {count}, but this model has {len(layers)} layers; lower it")
+    layers = _first_layers(model, count, where, "set it to 0")
     # OPT-350M widens its embeddings by a linear layer of its own.
     before = [module for name, module in model.named_modules() if name.endswith("project_in")]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in (*embeddings, *before, *layers[:count]):
+    for module in (*embeddings, *before, *layers):
         module.requires_grad_(False)
+
+
+def _first_layers(model: ScalarModel, count: int, where: str, otherwise: str) -> list[Any]:
+    """The first `count` decoder layers. ValueError if they are not so many, or, with what to do then, not known."""
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{where} is {count}, but the code of this model does not say what its layers are; {otherwise}"
+        )
+    if count > len(layers):
+        raise ValueError(f"{where} is {count}, but this model has {len(layers)} layers; lower it")
+    return layers[:count]
 
 
 def without_dropout(config: Any) -> Any:

@@ -26,7 +26,7 @@ from tasks.training.engine import export, train_engine
 from tasks.training.job import Job
 from tasks.training.lora import add_adapters
 from tasks.training.losses import pairwise_loss
-from tasks.training.models import SCORE_MEAN, freeze_first, load_scalar
+from tasks.training.models import SCORE_MEAN, freeze_first, keep_first, load_scalar
 from tasks.training.ranks import gather_rows, world_size
 from tasks.training.supervised import fit, own_share, steps_of
 from tasks.training.types import Engine, PairBatch
@@ -43,6 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.stage == "gold":
         config = within(config, len(train))
     model = load_scalar(job.inputs["base"], tokenizer.pad_token_id, seed, job.trusts("base"))
+    keep_first(model, config.layers, f"{job.stage}.layers")
     steps = steps_of(config, len(train), job.stage)
     if config.lora is not None:
         add_adapters(model.model, config.lora, f"{job.stage}.lora")

@@ -44,7 +44,7 @@ FEW = ("sft.max_steps=3", "reward.max_steps=3", "ppo.steps=2", "sft.eval_rows=8"
 TINY = (
     *("infrastructure=local-cpu", "data.max_prompt_tokens=8", "data.max_answer_tokens=8"),
     *("sft.batch_size=2", "reward.batch_size=2", "sft.engine.compile_layers=false"),
-    *("reward.engine.compile_layers=false", "reward.frozen_layers=0"),
+    *("reward.engine.compile_layers=false", "reward.frozen_layers=0", "reward.layers=null"),
     *("ppo.rollout_batch_size=2", "ppo.batch_size=2", "ppo.micro_batch_size=2"),
 )
 TEXT = "As many words as a tokenizer needs that will never read one."

@@ -4,7 +4,7 @@
 
 WORKSPACE has a trained reward model; its newest one's config, base model and pairs are taken. The train pairs are dealt
 into folds by the group that the split gave them, each is left out of training and then judged, and the folds are put
-together. `--try` lays keys of the section `reward` over that config ("frozen_layers=9 optimizer.learning_rate=1.0e-4");
+together. `--try` lays keys of the section `reward` over that config ("layers=20 optimizer.learning_rate=1.0e-4");
 none is the config as it is. The standard error beside an accuracy is that of its pairs alone. Training's own is not in
 it: on a GPU, where sums come in any order, the same setting and seed may differ by a point, which `deterministic=true`
 rules out and `seed=N` shows.

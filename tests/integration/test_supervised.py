@@ -38,7 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = train_tokenizer(iter(TEXTS), 300)
     torch.manual_seed(0)
-    LlamaForCausalLM(tiny_llama_for(tokenizer, num_hidden_layers=2)).save_pretrained(folder / "base" / "model")
+    LlamaForCausalLM(tiny_llama_for(tokenizer, num_hidden_layers=3)).save_pretrained(folder / "base" / "model")
     tokenizer.save_pretrained(folder / "base" / "model")
     (folder / "data").mkdir()
     draw = torch.Generator().manual_seed(1)
@@ -62,7 +62,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def start(kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int) -> Ranks:
     """The ranks of a stage in `directory`, which may hold a checkpoint."""
     section = {"sft": SFTConfig, "reward": RewardConfig}[kind]
-    more = {"frozen_layers": 1} if kind == "reward" else {}
+    more = {"layers": 2, "frozen_layers": 1} if kind == "reward" else {}
     config = section(**CONFIG, **more, engine={"precision": "fp32", "zero_stage": zero})
     return start_stage(kind, directory, {kind: config.model_dump(mode="json"), "seed": 3}, inputs, processes)
 
@@ -70,7 +70,7 @@ def start(kind: str, directory: Path, inputs: dict[str, Path], processes: int, z
 @pytest.mark.parametrize(
     ("kind", "processes", "zero"),
     [("sft", 1, 0), ("reward", 2, 3)],
-    ids=["SFT, one process", "reward model with a frozen layer, two processes, ZeRO-3"],
+    ids=["SFT, one process", "reward model of two layers of three, one of them frozen, two processes, ZeRO-3"],
 )
 def test_a_killed_and_a_stopped_run_end_with_the_same_weights(
     tmp_path: Path, inputs: dict[str, Path], kind: str, processes: int, zero: int
@@ -95,6 +95,7 @@ def test_a_killed_and_a_stopped_run_end_with_the_same_weights(
     undisturbed, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (whole, parts))
     assert undisturbed.keys() == resumed.keys()
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    assert any("layers.2." in name for name in undisturbed) == (kind == "sft")
     base = load_file(inputs["base"] / "model" / "model.safetensors")
     kept = [name for name in base if name in undisturbed and torch.equal(base[name], undisturbed[name])]
     assert kept == [name for name in base if kind == "reward" and ("layers.0." in name or "embed_tokens" in name)]

@@ -127,9 +127,32 @@ def test_a_fit_needs_the_models_sizes(tmp_path: Path) -> None:
         plan.will_it_fit(config, GPUS["h100"], 1)
 
 
+LLAMA = {
+    **{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24},
+    **{"num_attention_heads": 32, "vocab_size": 49152, "tie_word_embeddings": True},
+}
+
+
+def test_a_reward_model_of_fewer_layers_is_planned_as_one_that_has_no_more(tmp_path: Path) -> None:
+    def fits(base_layers: int, **reward: Any) -> dict[str, Any]:
+        folders = {"policy": tmp_path / "24", "reward": tmp_path / str(base_layers)}
+        for folder in folders.values():
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": int(folder.name)}))
+        models = {role: str(folder) for role, folder in folders.items()}
+        config = parse({"models": models, "reward": reward, "gold": {"layers": None}})
+        return {fit.stage: fit.setting for fit in plan.will_it_fit(config, GPUS["h100"], 1)}
+
+    cut, small, whole = fits(24, layers=10), fits(10), fits(24)
+    assert (cut["reward"], cut["ppo"]) == (small["reward"], small["ppo"])
+    assert cut["ppo"].memory.needed < whole["ppo"].memory.needed
+    assert cut["gold"] == whole["gold"]
+    with pytest.raises(ConfigError, match=r"reward\.layers is 25, but the model has 24 layers; lower it"):
+        fits(24, layers=25)
+
+
 def test_a_measured_peak_stands_beside_its_prediction(tmp_path: Path) -> None:
-    shape = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-             "num_attention_heads": 32, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
+    shape = dict(LLAMA)
     config = parse({"models": {"policy": {"hidden_size": 2048, "layers": 24, "heads": 32, "vocab_size": 49152}}})
 
     def made(stage: str, metrics: dict[str, float]) -> StageRef:
@@ -146,5 +169,9 @@ def test_a_measured_peak_stands_beside_its_prediction(tmp_path: Path) -> None:
     assert planned["sft"].compared == sft.compared
     assert planned["ppo"].compared == ""
     assert plan.measured(config, {"sft": made("reward-base", {})}) == []
+    shape["num_hidden_layers"] = 20  # a gold reward model of more layers, which is not made, is not asked for
+    made_so_far = {"sft": refs["sft"], "reward": made("cut", {"peak_gib": 9.0})}
+    cut = parse({"models": {"policy": str(tmp_path)}, "reward": {"layers": 20}, "gold": {"layers": 22}})
+    assert [fit.stage for fit in plan.measured(cut, made_so_far)] == ["sft", "reward"]
     (tmp_path / "sft" / "model" / "config.json").write_text('{"model_type": "mamba"}')
     assert plan.measured(config, refs) == []

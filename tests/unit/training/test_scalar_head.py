@@ -1,4 +1,5 @@
-"""The head of a reward model, new where its folder has none; and its first layers, which may stay as they are."""
+"""The head of a reward model, new where its folder has none; its first layers, which may stay as they are, and its last
+ones, which may be left out."""
 
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from tasks.config import ConfigError, parse
-from tasks.training.models import ScalarModel, decoder_layers, freeze_first, load_scalar
+from tasks.training.models import ScalarModel, decoder_layers, freeze_first, keep_first, load_scalar
 from tests.tiny import tiny_llama
 
 IDS = torch.arange(2, 22).view(2, 10)
@@ -37,15 +38,18 @@ def test_new_head_is_drawn_by_seed_and_a_trained_one_is_kept(tmp_path: Path) -> 
     assert torch.equal(kept, trained.score.weight.float())
 
 
-def classifiers() -> dict[str, PreTrainedModel]:
+FAMILIES = ["llama", "opt-350m", "qwen2", "gpt-neox", "gpt2"]
+
+
+def classifiers(layers: int = 3) -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
     whole = {"num_labels": 1, "pad_token_id": 0}
-    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, **whole}
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, **whole}
     opt = OPTConfig(ffn_dim=32, word_embed_proj_dim=8, dropout=0.0, do_layer_norm_before=False, **shape)
     neox = GPTNeoXConfig(intermediate_size=32, classifier_dropout=0.0, **shape)
-    gpt2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, **whole)
+    gpt2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=layers, n_head=2, resid_pdrop=0, embd_pdrop=0, **whole)
     return {
-        "llama": LlamaForSequenceClassification(tiny_llama(50, num_hidden_layers=3, **whole)),
+        "llama": LlamaForSequenceClassification(tiny_llama(50, num_hidden_layers=layers, **whole)),
         "opt-350m": OPTForSequenceClassification(opt),
         "qwen2": Qwen2ForSequenceClassification(Qwen2Config(intermediate_size=32, num_key_value_heads=2, **shape)),
         "gpt-neox": GPTNeoXForSequenceClassification(neox),
@@ -53,7 +57,7 @@ def classifiers() -> dict[str, PreTrainedModel]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "opt-350m", "qwen2", "gpt-neox", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_above_the_frozen_layers_are_those_of_the_whole_model(family: str) -> None:
     model = classifiers()[family].eval()
     model(IDS).logits.square().sum().backward()
@@ -80,6 +84,37 @@ def test_none_are_frozen_by_0_and_no_more_than_there_are() -> None:
     freeze_first(model, 3, "reward.frozen_layers")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["model.model.norm.weight", "model.score.weight"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_its_first_layers_is_one_that_never_had_more(family: str, tmp_path: Path) -> None:
+    model, never = classifiers()[family].eval(), classifiers(layers=2)[family].eval()
+    weights = model.state_dict()
+    never.load_state_dict({name: weights[name] for name in never.state_dict()})
+    cut = ScalarModel(model)
+    whole = cut.model(IDS).logits
+    keep_first(cut, 2, "reward.layers")
+    expected = never(IDS).logits
+    assert not torch.equal(whole, expected)
+    assert torch.equal(cut.model(IDS).logits, expected)
+    assert cut.state_dict().keys() == ScalarModel(never).state_dict().keys()
+    model.save_pretrained(tmp_path)
+    loaded = load_scalar(tmp_path, 0).eval()
+    assert len(decoder_layers(loaded)) == 2
+    torch.testing.assert_close(loaded.model(IDS).logits, expected)
+
+
+def test_all_layers_are_kept_by_none_and_no_more_than_there_are() -> None:
+    model = ScalarModel(classifiers()["llama"])
+    keep_first(model, None, "reward.layers")
+    assert len(decoder_layers(model)) == 3
+    with pytest.raises(ValueError, match=r"gold\.layers is 4, but this model has 3 layers; lower it"):
+        keep_first(model, 4, "gold.layers")
+    model.model._no_split_modules = None
+    with pytest.raises(ValueError, match=r"does not say what its layers are; remove it"):
+        keep_first(model, 1, "reward.layers")
+    with pytest.raises(ConfigError, match="frozen_layers is 3, but layers leaves 2; lower it"):
+        parse({"reward": {"layers": 2, "frozen_layers": 3}})
 
 
 def test_frozen_layers_and_adapters_exclude_each_other() -> None:

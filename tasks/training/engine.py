@@ -180,11 +180,18 @@ def start(device: str) -> torch.device:
 
 
 def train_engine(
-    model: Any, config: EngineConfig, optimizer: OptimizerConfig, steps: int, device: torch.device, where: str
+    model: Any,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    device: torch.device,
+    where: str,
+    head_rate: float | None = None,
 ) -> TrainEngine:
     """A model under DeepSpeed with AdamW and a schedule of `steps` optimizer steps.
 
-    `where` is the config path of the engine, for messages. Raises ValueError for what this machine cannot do.
+    `where` is the config path of the engine, for messages; `head_rate` the learning rate of a ScalarModel's head, where
+    it is another one. Raises ValueError for what this machine cannot do.
     """
     import deepspeed
 
@@ -197,7 +204,7 @@ def train_engine(
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile_layers:
         _compile_layers(model, config.zero_stage)
-    adam = _adam(model, config, optimizer, device, where)
+    adam = _adam(model, config, optimizer, device, where, head_rate)
     schedule = get_scheduler(
         optimizer.schedule, adam, num_warmup_steps=round(optimizer.warmup_ratio * steps), num_training_steps=steps
     )
@@ -317,13 +324,22 @@ def _gathered(model: nn.Module, instead: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _adam(
-    model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, device: torch.device, where: str
+    model: Any,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    device: torch.device,
+    where: str,
+    head_rate: float | None,
 ) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]  # norms and biases do not decay
+    head = [] if head_rate is None else list(model.model.score.parameters())
+    apart = {id(parameter) for parameter in head}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    matrices = [p for p in rest if p.ndim >= 2]
+    vectors = [p for p in rest if p.ndim < 2]  # norms and biases do not decay
+    decay, rate = optimizer.weight_decay, optimizer.learning_rate
     groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((matrices, optimizer.weight_decay), (vectors, 0.0))
+        {"params": parameters, "weight_decay": decay, "lr": rate}
+        for parameters, decay, rate in ((matrices, decay, rate), (vectors, 0.0, rate), (head, decay, head_rate))
         if parameters
     ]
     settings: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}

@@ -48,7 +48,8 @@ def run(job: Job) -> dict[str, Any]:
     if config.lora is not None:
         add_adapters(model.model, config.lora, f"{job.stage}.lora")
     freeze_first(model, config.frozen_layers, f"{job.stage}.frozen_layers")
-    engine = train_engine(model, config.engine, config.optimizer, steps, job.device, f"{job.stage}.engine")
+    where = f"{job.stage}.engine"
+    engine = train_engine(model, config.engine, config.optimizer, steps, job.device, where, config.head_learning_rate)
 
     def collate(rows: Any) -> PairBatch:
         return pair_batch(rows, job.device)

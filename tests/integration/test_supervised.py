@@ -62,7 +62,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def start(kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int) -> Ranks:
     """The ranks of a stage in `directory`, which may hold a checkpoint."""
     section = {"sft": SFTConfig, "reward": RewardConfig}[kind]
-    more = {"layers": 2, "frozen_layers": 1} if kind == "reward" else {}
+    more = {"layers": 2, "frozen_layers": 1, "head_learning_rate": 0.05} if kind == "reward" else {}
     config = section(**CONFIG, **more, engine={"precision": "fp32", "zero_stage": zero})
     return start_stage(kind, directory, {kind: config.model_dump(mode="json"), "seed": 3}, inputs, processes)
 

@@ -83,6 +83,38 @@ def test_frozen_layers_stay_as_they_are_in_bf16(one_rank, stage):
     assert same == [name for name in before if "embed_tokens" in name or "layers.0." in name]
 
 
+@pytest.mark.parametrize(
+    ("precision", "stage", "near"), [("fp32", 0, 1e-5), ("fp32", 1, 1e-5), ("fp32", 3, 1e-5), ("bf16", 1, 0.01)]
+)
+def test_the_head_learns_at_a_rate_of_its_own(one_rank, precision, stage, near):
+    def model() -> ScalarModel:
+        torch.manual_seed(0)
+        config = tiny_llama(50, initializer_range=0.2, num_labels=1, pad_token_id=0)
+        return ScalarModel(LlamaForSequenceClassification(config))
+
+    batch, plain = right_padded(TEXT, 0, one_rank), model()
+    head = plain.model.score.weight
+    rest = [parameter for parameter in plain.parameters() if parameter is not head]
+    adam = torch.optim.AdamW(
+        [{"params": rest, "lr": 1e-3}, {"params": [head], "lr": 0.02}], betas=(0.9, 0.95), weight_decay=0.0
+    )
+    for _ in range(3):
+        adam.zero_grad()
+        (plain(batch)[:, -1].square().sum() / 8).backward()
+        adam.step()
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
+    settings = EngineConfig(precision=precision, zero_stage=stage)
+    engine = train_engine(model(), settings, optimizer, 10, one_rank, "test", head_rate=0.02)
+    reports = [engine.optimizer_step([batch], lambda part: engine(part)[:, -1].square().sum(), 8.0) for _ in range(3)]
+    assert {report.learning_rate for report in reports} == {1e-3}
+    with gathered(engine.module):
+        for name, parameter in plain.named_parameters():
+            found = engine.module.get_parameter(name).detach().float()
+            torch.testing.assert_close(
+                found, parameter.detach(), atol=near, rtol=near, msg=lambda told, n=name: n + told
+            )
+
+
 @pytest.mark.parametrize("micro_batch", [8, 4])
 def test_fewer_passes_take_deepspeeds_own_steps(one_rank, monkeypatch, micro_batch):
     ours = engine_of(one_rank, precision="bf16")

@@ -194,20 +194,25 @@ def of_training(
 
     `where` is the config path, for messages. Raises ConfigError for more layers than there are.
     """
-    shape = scalar_shape(config, shape, where) if isinstance(config, RewardConfig) else shape
+    still = 0
+    if isinstance(config, RewardConfig):
+        check_layers(config, shape, where)
+        shape, still = scalar_shape(config, shape), config.frozen_layers
     sequences = config.batch_size * (1 if scores_tokens else 2)
     total = max(sequences * longest // gpus, 1)
-    still = config.frozen_layers if isinstance(config, RewardConfig) else 0
-    if still > shape.layers:
-        raise ConfigError(f"{where}.frozen_layers is {still}, but the model has {shape.layers} layers; lower it")
     load = Load(min(config.micro_batch_tokens, total), total, longest, scores_tokens, still)
     return settings(shape, config.engine, config.lora, load, gpus, gpu)
 
 
-def scalar_shape(config: RewardConfig, base: Shape, where: str) -> Shape:
-    """The shape of a reward model, and of its critic, that is made from a base. Raises ConfigError as `of_training`."""
-    if (config.layers or 0) > base.layers:
-        raise ConfigError(f"{where}.layers is {config.layers}, but the model has {base.layers} layers; lower it")
+def check_layers(config: RewardConfig, base: Shape, where: str) -> None:
+    """ConfigError if a reward model shall keep, or leave as they are, more layers than its base has."""
+    for key, count in (("layers", config.layers or 0), ("frozen_layers", config.frozen_layers)):
+        if count > base.layers:
+            raise ConfigError(f"{where}.{key} is {count}, but the model has {base.layers} layers; lower it")
+
+
+def scalar_shape(config: RewardConfig, base: Shape) -> Shape:
+    """The shape of a reward model, and of its critic, that is made from a base."""
     return replace(base, layers=config.layers or base.layers)
 
 

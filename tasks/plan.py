@@ -16,7 +16,7 @@ from infra.shipped import SHIPPED
 from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig, TinyModel
 from tasks.dag import Choice, Node
-from tasks.fit import Setting, cheapest, of_ppo, of_training, scalar_shape
+from tasks.fit import Setting, cheapest, check_layers, of_ppo, of_training, scalar_shape
 from tasks.shapes import GIB, GPUS, Gpu, Shape, shape_of_folder, shape_of_model
 from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
@@ -131,7 +131,7 @@ def _fits(
         for stage, section in trained.items()
     }
     if "reward" in shapes:
-        critic = scalar_shape(config.reward, shapes["reward"], "reward")
+        critic = scalar_shape(config.reward, shapes["reward"])
         options["ppo"] = of_ppo(config.ppo, shapes["sft"], critic, prompt, answer, gpus, gpu)
     configured = {stage: (section.engine, section.lora) for stage, section in trained.items()}
     configured["ppo"] = (config.ppo.policy_engine, config.ppo.policy_lora)
@@ -154,6 +154,21 @@ def _shape(model: str | TinyModel, where: str) -> Shape:
     if shape is None:
         raise ConfigError(f"--gpu needs the sizes of {where}, but {model} has no config.json here; download it first")
     return shape
+
+
+def check_reward_models(config: RunConfig) -> None:
+    """ConfigError if a reward model shall keep more layers than its base has, where the base's sizes are known here.
+
+    Where they are not, a model of the hub or of a family that is not known, its stage tells it.
+    """
+    base = config.models.policy if config.models.reward is None else config.models.reward
+    try:
+        shape = shape_of_model(base)
+    except ConfigError:
+        return
+    for where, section in (("reward", config.reward), ("gold", config.gold)):
+        if shape is not None:
+            check_layers(section, shape, where)
 
 
 def check_machine(config: RunConfig) -> None:

@@ -170,6 +170,7 @@ def checked(
     parsed = registered.pinned(load(config, overrides or ()))
     choice = dag.Choice(from_, until, force)
     choice.check(dag.graph(parsed))
+    plan.check_reward_models(parsed)
     if here:
         plan.check_machine(parsed)
     plan.check_finished(parsed, choice)

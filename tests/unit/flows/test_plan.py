@@ -151,6 +151,21 @@ def test_a_reward_model_of_fewer_layers_is_planned_as_one_that_has_no_more(tmp_p
         fits(24, layers=25)
 
 
+def test_a_reward_model_keeps_no_more_layers_than_its_base_has(tmp_path: Path) -> None:
+    def check(**more: Any) -> None:
+        plan.check_reward_models(parse({"models": {"policy": str(tmp_path)}, **more}))
+
+    check(reward={"layers": 99})  # not known here
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    check(reward={"layers": 24, "frozen_layers": 24})
+    with pytest.raises(ConfigError, match=r"^gold\.layers is 25, but the model has 24 layers; lower it"):
+        check(gold={"layers": 25})
+    with pytest.raises(ConfigError, match=r"^reward\.frozen_layers is 25, but the model has 24 layers; lower it"):
+        check(reward={"frozen_layers": 25})
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    check(reward={"layers": 99})
+
+
 def test_a_measured_peak_stands_beside_its_prediction(tmp_path: Path) -> None:
     shape = dict(LLAMA)
     config = parse({"models": {"policy": {"hidden_size": 2048, "layers": 24, "heads": 32, "vocab_size": 49152}}})

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -90,8 +90,8 @@ def _faults(error: ValidationError) -> Iterator[str]:
         if fault["type"] == "extra_forbidden":
             known = _keys(RunConfig, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            here = [key for key, path in known.items() if key == path]
-            hint = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(here)}"
+            here = [key for key, paths in known.items() if paths == [key]]
+            hint = f"did you mean {' or '.join(known[near[0]])}?" if near else f"known: {', '.join(here)}"
             line = f"{where}: unknown key; {hint}"
         elif fault["type"] == "value_error":
             line = f"{where}: {fault['ctx']['error']}"
@@ -109,21 +109,27 @@ def _long(value: Any) -> bool:
     return len(repr(value)) > 80 or (isinstance(value, float) and math.isnan(value))
 
 
-def _keys(section: Any, location: tuple[str | int, ...]) -> dict[str, str]:
-    """Key -> dotted path of the keys known at a location of the tree, those of its sections after its own."""
+def _keys(section: Any, location: tuple[str | int, ...]) -> dict[str, list[str]]:
+    """Key -> dotted paths of the keys known at a location of the tree: its own, and those of the sections in it."""
     for step in location:
         if _is_section(section) and step in section.model_fields:
             section = _section_of(section.model_fields[str(step)].annotation)
     if not _is_section(section):
         return {}
-    own = {key: key for key in section.model_fields}
-    nested = {
-        inner: f"{key}.{inner}"
-        for key, field in section.model_fields.items()
-        if _is_section(child := _section_of(field.annotation))
-        for inner in child.model_fields
-    }
-    return {**own, **{key: path for key, path in nested.items() if key not in own}}
+    known = {key: [key] for key in section.model_fields}
+    for key, path in _nested(section):
+        if key not in section.model_fields:
+            known.setdefault(key, []).append(path)
+    return known
+
+
+def _nested(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of the sections inside a section, with their dotted paths from there."""
+    for name, field in section.model_fields.items():
+        if child := _section_of(field.annotation):
+            inside = f"{prefix}{name}." + ("NAME." if get_origin(field.annotation) is dict else "")
+            yield from ((key, inside + key) for key in child.model_fields)
+            yield from _nested(child, inside)
 
 
 def _section_of(annotation: Any) -> Any:

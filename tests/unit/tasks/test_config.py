@@ -107,10 +107,24 @@ def test_an_unknown_key_is_told_the_keys_of_its_own_place(file: Path) -> None:
         load(file, ["evaluate.zzz=1"])
     known = "prompts, batch_size, sampling, precision, text_chunks, api_judge, samples"
     assert str(found.value) == f"evaluate.zzz: unknown key; known: {known}"
-    with pytest.raises(ConfigError, match=r"^learning_rat: unknown key; known: name, workspace, .*promote$"):
-        load(file, ["learning_rat=1"])
-    with pytest.raises(ConfigError, match=r"^kl_coef: unknown key; did you mean ppo.kl_coef\?$"):
-        load(file, ["kl_coef=1"])
+    with pytest.raises(ConfigError, match=r"^qqq: unknown key; known: name, workspace, .*promote$"):
+        load(file, ["qqq=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("kl_coef", "ppo.kl_coef"),
+        ("ppo.missing_penalty", "missing_eos_penalty"),
+        ("epoch", "sft.epochs or reward.epochs or gold.epochs or ppo.epochs"),
+        ("ppo.learning_rate", "policy_optimizer.learning_rate or critic_optimizer.learning_rate"),
+        ("data.max_row", "sources.NAME.max_rows"),
+    ],
+)
+def test_an_unknown_key_is_told_every_place_of_the_one_that_is_like_it(file: Path, key: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        load(file, [f"{key}=1"])
+    assert str(found.value) == f"{key}: unknown key; did you mean {hint}?"
 
 
 def test_probabilities_that_are_added_in_no_fixed_order_are_refused_where_order_counts() -> None:

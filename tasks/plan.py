@@ -122,7 +122,7 @@ def measured(config: RunConfig, refs: Mapping[str, StageRef]) -> list[Fit]:
 def _fits(
     config: RunConfig, shapes: Mapping[str, Shape], gpu: Gpu, gpus: int, made: Mapping[str, Mapping[str, Any]]
 ) -> list[Fit]:
-    """Of the stages whose models' shapes are given, made or their bases; PPO is with the reward model."""
+    """A Fit of each stage whose model, or that model's base, has its shape in `shapes`; PPO's critic is `reward`."""
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
     sections = {"sft": config.sft, "reward": config.reward, **({"gold": config.gold} if config.has_gold else {})}
     trained = {stage: section for stage, section in sections.items() if stage in shapes}
@@ -161,14 +161,17 @@ def check_reward_models(config: RunConfig) -> None:
 
     Where they are not, a model of the hub or of a family that is not known, its stage tells it.
     """
-    base = config.models.policy if config.models.reward is None else config.models.reward
+    sections = {"reward": config.reward, "gold": config.gold}
+    if not any(section.layers or section.frozen_layers for section in sections.values()):
+        return
     try:
-        shape = shape_of_model(base)
+        shape = shape_of_model(config.models.policy if config.models.reward is None else config.models.reward)
     except ConfigError:
         return
-    for where, section in (("reward", config.reward), ("gold", config.gold)):
-        if shape is not None:
-            check_layers(section, shape, where)
+    if shape is None:
+        return
+    for where, section in sections.items():
+        check_layers(section, shape, where)
 
 
 def check_machine(config: RunConfig) -> None:

@@ -142,8 +142,12 @@ def shape_of_model(model: str | TinyModel) -> Shape | None:
     path = Path(model).expanduser() / "config.json"
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+        try:
+            cached = try_to_load_from_cache(model, "config.json")
+        except HFValidationError:  # no name of the hub
+            return None
         if not isinstance(cached, str):
             return None
         path = Path(cached)

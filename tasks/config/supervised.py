@@ -57,10 +57,10 @@ class SFTConfig(TrainConfig):
 
 class RewardConfig(TrainConfig):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
-    centering_coef: float = Field(0.0, ge=0)
-    """Draws the mean score of each prompt's two answers to zero; 0.01 is usual, 0 is off."""
     head_learning_rate: PositiveFloat | None = None
     """Of the score's head, which is drawn and not trained before; null: that of the optimizer."""
+    centering_coef: float = Field(0.0, ge=0)
+    """Draws the mean score of each prompt's two answers to zero; 0.01 is usual, 0 is off."""
     margin: float = Field(0.0, ge=0)
     """The chosen answer's score shall be above the other's by so much (log-odds); 0: Bradley-Terry as it is."""
     layers: Positive | None = None

@@ -336,12 +336,13 @@ def _adam(
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     matrices = [p for p in rest if p.ndim >= 2]
     vectors = [p for p in rest if p.ndim < 2]  # norms and biases do not decay
-    decay, rate = optimizer.weight_decay, optimizer.learning_rate
     groups = [
-        {"params": parameters, "weight_decay": decay, "lr": rate}
-        for parameters, decay, rate in ((matrices, decay, rate), (vectors, 0.0, rate), (head, decay, head_rate))
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, optimizer.weight_decay), (vectors, 0.0))
         if parameters
     ]
+    if head:
+        groups.append({"params": head, "weight_decay": optimizer.weight_decay, "lr": head_rate})
     settings: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
     if config.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -153,7 +153,7 @@ def test_a_reward_model_of_fewer_layers_is_planned_as_one_that_has_no_more(tmp_p
 
 def test_a_reward_model_keeps_no_more_layers_than_its_base_has(tmp_path: Path) -> None:
     def check(**more: Any) -> None:
-        plan.check_reward_models(parse({"models": {"policy": str(tmp_path)}, **more}))
+        plan.check_reward_models(parse({"models": {"policy": str(tmp_path)}} | more))
 
     check(reward={"layers": 99})  # not known here
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
@@ -164,6 +164,7 @@ def test_a_reward_model_keeps_no_more_layers_than_its_base_has(tmp_path: Path) -
         check(reward={"frozen_layers": 25})
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     check(reward={"layers": 99})
+    check(models={"policy": "no name/of the hub"}, reward={"layers": 99})
 
 
 def test_a_measured_peak_stands_beside_its_prediction(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ def test_an_unknown_key_is_told_the_keys_of_its_own_place(file: Path) -> None:
         ("kl_coef", "ppo.kl_coef"),
         ("ppo.missing_penalty", "missing_eos_penalty"),
         ("epoch", "sft.epochs or reward.epochs or gold.epochs or ppo.epochs"),
+        (
+            "learning_rat",
+            "sft.optimizer.learning_rate or reward.optimizer.learning_rate or gold.optimizer.learning_rate or "
+            "ppo.policy_optimizer.learning_rate or ppo.critic_optimizer.learning_rate",
+        ),
         ("ppo.learning_rate", "policy_optimizer.learning_rate or critic_optimizer.learning_rate"),
         ("data.max_row", "sources.NAME.max_rows"),
     ],

@@ -5,6 +5,7 @@ contradicted, cap.  Fixes, counted by row: html_entities, citations, line_ends, 
 leading_marker.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,7 @@ def _write_draft(
     spec: SourceSpec, side: str, raw: Path, draft: Path, max_chars: int, drops: Counter[str], fixes: Counter[str]
 ) -> list[_Kept]:
     source = source_of(spec)
+    most = spec.max_pairs_per_prompt or source.pairs_per_group or math.inf
     kept: list[_Kept] = []
     seen: set[bytes] = set()
     pairs_of: Counter[str] = Counter()
@@ -118,13 +120,13 @@ def _write_draft(
                 keys = _keys(pair, f"{spec.name}:{group}" if group else prompt_group(pair.prompt))
                 if keys.row in seen:
                     raise _Dropped("duplicate")
-                if group and pairs_of[group] >= spec.max_pairs_per_post:
+                if pairs_of[keys.group] >= most:
                     raise _Dropped("too_many_pairs")
             except _Dropped as dropped:
                 drops[dropped.args[0]] += 1
                 continue
             seen.add(keys.row)
-            pairs_of[group or ""] += 1
+            pairs_of[keys.group] += 1
             kept.append(keys)
             fixes.update(changed)
             writer.append({**pair._asdict(), "source": spec.name, "group": keys.group})

@@ -39,7 +39,8 @@ class SourceSpec:
     name: a hub id of `SOURCES`, or of any set whose kind is given, or any label for local files.  path: a local JSON,
     JSONL, CSV or Parquet file, or a folder with train.* and perhaps test.*.  kind: what its rows are; for local files
     it is told by the columns.  revision: of the hub's repository.  max_rows: most train rows kept, chosen by hash.
-    min_score_ratio, max_pairs_per_post: SHP only.  ValueError for an unknown name or a value out of range.
+    max_pairs_per_prompt: most pairs of one group of the source, the first ones; None: as the source has it.
+    min_score_ratio: SHP only.  ValueError for an unknown name or a value out of range.
     """
 
     name: str
@@ -47,7 +48,7 @@ class SourceSpec:
     revision: str | None = None
     max_rows: int | None = None
     min_score_ratio: float = 2.0
-    max_pairs_per_post: int = 5
+    max_pairs_per_prompt: int | None = None
     kind: Kind | None = None
 
     def __post_init__(self) -> None:
@@ -61,9 +62,10 @@ class SourceSpec:
             )
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows of {self.name} is {self.max_rows}; it has to be at least 1 (or left out).")
-        if self.max_pairs_per_post < 1:
+        if self.max_pairs_per_prompt is not None and self.max_pairs_per_prompt < 1:
             raise ValueError(
-                f"max_pairs_per_post of {self.name} is {self.max_pairs_per_post}; it has to be at least 1."
+                f"max_pairs_per_prompt of {self.name} is {self.max_pairs_per_prompt}; it has to be at least 1 "
+                "(or left out)."
             )
 
     @property
@@ -92,7 +94,8 @@ class Source:
     columns: those read.  sides: our train and test -> the set's own splits.  form: "dialogue" prompts are
     Human/Assistant text, "question" prompts are one user's message, "either" is told apart row by row.  read: row ->
     raw pair, better answer first.  reject: row, spec -> why the row says nothing (a reason for the count), or None.
-    group: row -> what keeps rows together beside an equal prompt.  repairs: names of `data_prep.text.REPAIRS`.
+    group: row -> what keeps rows together beside an equal prompt.  pairs_per_group: most that are kept, where the spec
+    names no number.  repairs: names of `data_prep.text.REPAIRS`.
     revision: of the hub, where the rows are not on main.
     """
 
@@ -102,6 +105,7 @@ class Source:
     read: Callable[[Row], RawPair]
     reject: Callable[[Row, SourceSpec], str | None] = lambda row, spec: None
     group: Callable[[Row], str | None] = lambda row: None
+    pairs_per_group: int | None = None
     repairs: tuple[str, ...] = ()
     revision: str = "main"
 
@@ -167,6 +171,7 @@ SOURCES: dict[str, Source] = {
         _shp,
         reject=_shp_unclear,
         group=lambda row: row["post_id"],
+        pairs_per_group=5,
         repairs=("html_entities",),
         revision="refs/convert/parquet",
     ),

@@ -357,7 +357,7 @@ def _clean(config: RunConfig, name: str, source: SourceConfig) -> Node:
         "local": source.path is not None,
         "max_rows": source.max_rows,
         "min_score_ratio": source.min_score_ratio,
-        "max_pairs_per_post": source.max_pairs_per_post,
+        "max_pairs_per_prompt": source.max_pairs_per_prompt,
         "max_chars": config.data.max_chars,
     }
     return Node(f"clean:{name}", "clean", settings, {"raw": f"download:{name}"}, ("data_prep.clean",))

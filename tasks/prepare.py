@@ -146,7 +146,7 @@ def _clean(config: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, map
         kind=config["kind"],
         max_rows=config["max_rows"],
         min_score_ratio=config["min_score_ratio"],
-        max_pairs_per_post=config["max_pairs_per_post"],
+        max_pairs_per_prompt=config["max_pairs_per_prompt"],
     )
     arguments = spec, inputs["raw"], out, config["max_chars"]
     large = sources.rows_of(inputs["raw"]) >= workers.ROWS_WORTH_A_PROCESS

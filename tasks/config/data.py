@@ -38,8 +38,10 @@ class SourceConfig(Section):
     """Cap on the train rows that are read."""
     min_score_ratio: float = Field(2.0, ge=1)
     """SHP only: pairs whose scores are closer than this are dropped, as its authors advise."""
-    max_pairs_per_post: Positive = 5
-    """SHP only: at most so many pairs of one post."""
+    max_pairs_per_prompt: Positive | None = None
+    """At most so many pairs of one prompt, of SHP of one post, trained on or held out. None: 5 of SHP, as its authors
+    advise, and no limit elsewhere. Pairs of one prompt share answers, which a reward model then learns by heart (Ouyang
+    et al. 2022, section 3.5)."""
 
 
 class DemoData(Section):

@@ -174,7 +174,7 @@ def test_shp(cleaned: Clean) -> None:
         shp("p2", "just", "enough", 1, ratio=2.0),
     ]
     splits = {"train": rows, "validation": [shp("p3", "x", "y", 1)], "test": [shp("p4", "x", "y", 0)]}
-    metrics, train, test = cleaned(SourceSpec("stanfordnlp/SHP", max_pairs_per_post=2), splits)
+    metrics, train, test = cleaned(SourceSpec("stanfordnlp/SHP", max_pairs_per_prompt=2), splits)
     assert [texts(row)[1:] for row in train] == [
         ("A > B", "worse"),
         ("better", "worse"),
@@ -186,6 +186,23 @@ def test_shp(cleaned: Clean) -> None:
     assert [row["group"] for row in train] == [f"stanfordnlp/SHP:{post}" for post in ("p1", "p1", "p2", "p3")]
     loose = SourceSpec("stanfordnlp/SHP", min_score_ratio=1.0)
     assert cleaned(loose, splits)[0]["train"]["drops"] == {}
+
+
+def test_pairs_of_one_prompt_are_capped_in_any_set_that_asks_for_it(cleaned: Clean) -> None:
+    """By the prompt as it is grouped, so not by its case; nobody's default but SHP's."""
+    rows = [dialogue("How?", " Yes.", " No."), dialogue("HOW?", " Yes.", " Never."), dialogue("Why?", " So.", " No.")]
+    one = SourceSpec("Dahoas/rm-static", max_pairs_per_prompt=1)
+    metrics, train, test = cleaned(one, {"train": rows, "test": rows[::-1]})
+    assert [texts(row)[1:] for row in train] == [("Yes.", "No."), ("So.", "No.")]
+    assert [texts(row)[1:] for row in test] == [("So.", "No."), ("Yes.", "Never.")]
+    assert metrics["train"]["drops"] == {"too_many_pairs": 1}
+    assert cleaned(SourceSpec("Dahoas/rm-static"), {"train": rows, "test": []})[0]["train"]["drops"] == {}
+    many = [webgpt(f"Good {number}.", f"Bad {number}.", 1.0) for number in range(7)]
+    metrics, train, _ = cleaned(SourceSpec("openai/webgpt_comparisons", max_pairs_per_prompt=2), {"train": many})
+    assert [texts(row)[1] for row in train] == ["Good 0.", "Good 1."]
+    posts = [shp("p", f"Good {number}.", f"Bad {number}.", 1) for number in range(7)]
+    splits = {"train": posts, "validation": [], "test": posts}
+    assert cleaned(SourceSpec("stanfordnlp/SHP"), splits)[0]["train"]["drops"] == {"too_many_pairs": 2}
 
 
 def test_the_cap_samples_and_mostly_stays_when_the_set_grows(cleaned: Clean) -> None:

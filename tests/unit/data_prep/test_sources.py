@@ -130,8 +130,8 @@ def test_an_unknown_source_gets_the_nearest_name(name: str, hint: str) -> None:
 def test_limits_out_of_range() -> None:
     with pytest.raises(ValueError, match="max_rows of stanfordnlp/SHP is 0"):
         SourceSpec("stanfordnlp/SHP", max_rows=0)
-    with pytest.raises(ValueError, match="max_pairs_per_post"):
-        SourceSpec("stanfordnlp/SHP", max_pairs_per_post=0)
+    with pytest.raises(ValueError, match="max_pairs_per_prompt"):
+        SourceSpec("stanfordnlp/SHP", max_pairs_per_prompt=0)
 
 
 def test_check_columns_names_what_is_missing() -> None:

@@ -28,16 +28,17 @@ def phase_table(folder: Path) -> pd.DataFrame:
     return table
 
 
-def length_bias_table(path: Path) -> pd.DataFrame:
-    """How often the longer answer is the preferred one, by source: what a reward model has to beat.
+def preference_table(path: Path) -> pd.DataFrame:
+    """What a reward model meets, by source: pairs that share a prompt, and the length bias that it has to beat.
 
-    path: a table of pairs (`tables.PAIR_SCHEMA`).  Columns: pairs, longer_chosen (share of the pairs whose answers
-    differ in length), chosen_chars and rejected_chars (means).
+    path: a table of pairs (`tables.PAIR_SCHEMA`).  Columns: pairs, pairs_per_prompt (mean over the groups),
+    longer_chosen (share of the pairs whose answers differ in length), chosen_chars and rejected_chars (means).
     """
-    table = read_arrow(path, ["source", "chosen", "rejected"])
+    table = read_arrow(path, ["source", "group", "chosen", "rejected"])
     lengths = pd.DataFrame(
         {
             "source": table["source"].to_pylist(),
+            "group": table["group"].to_pylist(),
             "chosen": _characters(table["chosen"]),
             "rejected": _characters(table["rejected"]),
         }
@@ -48,6 +49,7 @@ def length_bias_table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "pairs": by_source.size(),
+            "pairs_per_prompt": by_source.size() / by_source["group"].nunique(),
             "longer_chosen": by_source["longer"].sum() / by_source["differ"].sum(),
             "chosen_chars": by_source["chosen"].mean(),
             "rejected_chars": by_source["rejected"].mean(),

@@ -22,7 +22,7 @@ def draw(rows: "pd.DataFrame", drops: Mapping[str, int], lengths: "pd.DataFrame"
         rows: `stats.phase_table`; its train columns are drawn.
         drops: reason -> rows.
         lengths: `stats.token_lengths`.
-        bias: `stats.length_bias_table`.
+        bias: `stats.preference_table`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

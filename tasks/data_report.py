@@ -5,7 +5,7 @@ graph: nothing reads it but people.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ def _write(directory: Path, name: str, refs: Mapping[str, StageRef]) -> dict[str
 
     rows = stats.phase_table(refs["tokenise"].directory)
     lengths = stats.token_lengths(refs["tokenise"].directory)
-    bias = stats.length_bias_table(refs["split"].directory / "reward-train.arrow")
+    bias = stats.preference_table(refs["split"].directory / "reward-train.arrow")
     picture = data_figures.draw(rows, _dropped(refs), lengths, bias)
     (directory / FIGURES).write_bytes(picture)
     html = page.render(
@@ -64,10 +64,11 @@ def _write(directory: Path, name: str, refs: Mapping[str, StageRef]) -> dict[str
                 _shown(stats.token_table(lengths).reset_index(), names=3),
             ),
             (
-                "Length bias of the preference",
-                "How often the longer of two answers of different length is the preferred one: what a reward model "
-                "that knows nothing but length gets right.",
-                _shown(bias.reset_index(), shares=("longer_chosen",)),
+                "Preferences",
+                "Pairs of one prompt share answers, which a reward model soon knows by heart: where there are many, "
+                "max_pairs_per_prompt of the source keeps a few. How often the longer of two answers of different "
+                "length is the preferred one is what a reward model that knows nothing but length gets right.",
+                _shown(bias.reset_index(), forms={"longer_chosen": page.percent, "pairs_per_prompt": "{:.1f}".format}),
             ),
         ],
     )
@@ -145,14 +146,8 @@ def _data_line(name: str, rows_in: int, kept: int, drops: Mapping[str, int]) -> 
     return {"name": name, "rows_in": rows_in, "kept": kept, "counts": counts, "is_total": False}
 
 
-def _shown(table: "pd.DataFrame", names: int = 1, shares: Iterable[str] = ()) -> Table:
-    """A table of numbers as texts: counts and lengths whole, shares in percent."""
-    shares = set(shares)
-    lines = [
-        [
-            str(value) if place < names else page.percent(value) if column in shares else f"{value:,.0f}"
-            for place, (column, value) in enumerate(zip(table.columns, line, strict=True))
-        ]
-        for line in table.itertuples(index=False)
-    ]
+def _shown(table: "pd.DataFrame", names: int = 1, forms: Mapping[str, Callable[[float], str]] | None = None) -> Table:
+    """A table of numbers as texts, whole where `forms` has nothing for their column; the first columns are `names`."""
+    form_of = [str] * names + [(forms or {}).get(str(column), "{:,.0f}".format) for column in table.columns[names:]]
+    lines = [[form(value) for form, value in zip(form_of, line, strict=True)] for line in table.itertuples(index=False)]
     return Table([str(column).replace("_", " ") for column in table.columns], lines, names)

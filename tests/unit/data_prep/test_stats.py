@@ -3,18 +3,18 @@ from typing import Any
 
 import pytest
 
-from data_prep.stats import length_bias_table, phase_table, token_lengths, token_table
+from data_prep.stats import phase_table, preference_table, token_lengths, token_table
 from data_prep.tables import PAIR_SCHEMA, write_table
 from data_prep.tokenise import SCHEMAS
 
 
-def pair(source: str, chosen: str, rejected: str) -> dict[str, Any]:
+def pair(source: str, chosen: str, rejected: str, group: str = "g") -> dict[str, Any]:
     return {
         "prompt": [{"role": "user", "content": "q"}],
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
         "source": source,
-        "group": "g",
+        "group": group,
         "weight": 1.0,
     }
 
@@ -29,13 +29,14 @@ def test_rows_by_phase_and_side(tmp_path: Path) -> None:
     }
 
 
-def test_length_bias(tmp_path: Path) -> None:
-    rows = [pair("a", "long", "x"), pair("a", "long", "y"), pair("a", "z", "long"), pair("b", "p", "q")]
+def test_preferences_by_source(tmp_path: Path) -> None:
+    rows = [pair("a", "long", "x"), pair("a", "long", "y"), pair("a", "z", "long", "h"), pair("b", "p", "q")]
     write_table(rows, tmp_path / "t.arrow", PAIR_SCHEMA)
-    table = length_bias_table(tmp_path / "t.arrow")
+    table = preference_table(tmp_path / "t.arrow")
     assert table.loc["a", "longer_chosen"] == pytest.approx(2 / 3)
     assert table.loc["total", "longer_chosen"] == pytest.approx(2 / 3)  # the pair of equal lengths says nothing
     assert table.loc["total", "pairs"] == 4
+    assert table["pairs_per_prompt"].to_dict() == {"a": 1.5, "b": 1.0, "total": 2.0}  # one prompt is in both sources
     assert table.loc["a", "chosen_chars"] == pytest.approx(3.0)
 
 

@@ -87,6 +87,9 @@ def test_report_holds_counts_lengths_and_bias(config: RunConfig, prepared: Calla
     text = " ".join(html.split())
     assert "tie 3</span>" in text
     assert "<td>sft</td><td>sequence</td><td>total</td>" in text.replace(' class=""', "")
+    assert f"<td>{RM}</td><td>2</td><td>2.0</td>" in text.replace(' class="number"', "").replace(
+        ' class=""', ""
+    )  # pairs, and pairs of a prompt
     assert "66.7 %" in text  # two of the three pairs whose answers differ in length
     assert made.metrics == {"longer_chosen": pytest.approx(2 / 3)}
 

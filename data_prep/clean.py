@@ -1,12 +1,11 @@
 """Raw rows of one source to clean preference pairs; every row that is dropped has a named reason and is counted.
 
-Drops: tie, low_score_ratio, empty, broken_characters, role_order, identical, too_long, duplicate, too_many_pairs,
-contradicted, cap.  Fixes, counted by row: html_entities, citations, line_ends, nfc, stray_marker,
+Drops: tie, low_score_ratio, empty, broken_characters, role_order, identical, too_long, duplicate, contradicted,
+too_many_pairs, cap.  Fixes, counted by row: html_entities, citations, line_ends, nfc, stray_marker,
 leading_marker.
 """
 
-import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +85,7 @@ def _clean_side(spec: SourceSpec, side: str, raw: Path, path: Path, max_chars: i
     draft = path.with_suffix(".draft")
     kept = _write_draft(spec, side, raw, draft, max_chars, drops, fixes)
     reasons = _contradicted(kept)
+    reasons |= _crowded(kept, spec.max_pairs_per_prompt or source_of(spec).pairs_per_group, reasons)
     if side == "train" and spec.max_rows is not None:
         reasons |= _over_cap(kept, spec.max_rows, reasons)
     with table_writer(path, PAIR_SCHEMA) as writer:
@@ -108,10 +108,8 @@ def _write_draft(
     spec: SourceSpec, side: str, raw: Path, draft: Path, max_chars: int, drops: Counter[str], fixes: Counter[str]
 ) -> list[_Kept]:
     source = source_of(spec)
-    most = spec.max_pairs_per_prompt or source.pairs_per_group or math.inf
     kept: list[_Kept] = []
     seen: set[bytes] = set()
-    pairs_of: Counter[str] = Counter()
     with table_writer(draft, PAIR_SCHEMA) as writer:
         for row in _raw_rows(source, side, raw):
             try:
@@ -120,13 +118,10 @@ def _write_draft(
                 keys = _keys(pair, f"{spec.name}:{group}" if group else prompt_group(pair.prompt))
                 if keys.row in seen:
                     raise _Dropped("duplicate")
-                if pairs_of[keys.group] >= most:
-                    raise _Dropped("too_many_pairs")
             except _Dropped as dropped:
                 drops[dropped.args[0]] += 1
                 continue
             seen.add(keys.row)
-            pairs_of[keys.group] += 1
             kept.append(keys)
             fixes.update(changed)
             writer.append({**pair._asdict(), "source": spec.name, "group": keys.group})
@@ -153,6 +148,18 @@ def _contradicted(kept: list[_Kept]) -> dict[int, str]:
     """Rows whose two answers are also preferred the other way round (exact duplicates are gone by now)."""
     times = Counter(keys.answers for keys in kept)
     return {number: "contradicted" for number, keys in enumerate(kept) if times[keys.answers] > 1}
+
+
+def _crowded(kept: list[_Kept], most: int | None, gone: dict[int, str]) -> dict[int, str]:
+    """Rows beyond the first `most` of their group; None: no row. Those that are gone take no place."""
+    places: defaultdict[str, int] = defaultdict(int)
+    crowded = {}
+    for number, keys in enumerate(kept):
+        if most is not None and number not in gone:
+            places[keys.group] += 1
+            if places[keys.group] > most:
+                crowded[number] = "too_many_pairs"
+    return crowded
 
 
 def _over_cap(kept: list[_Kept], max_rows: int, gone: dict[int, str]) -> dict[int, str]:

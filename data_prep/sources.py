@@ -95,8 +95,7 @@ class Source:
     Human/Assistant text, "question" prompts are one user's message, "either" is told apart row by row.  read: row ->
     raw pair, better answer first.  reject: row, spec -> why the row says nothing (a reason for the count), or None.
     group: row -> what keeps rows together beside an equal prompt.  pairs_per_group: most that are kept, where the spec
-    names no number.  repairs: names of `data_prep.text.REPAIRS`.
-    revision: of the hub, where the rows are not on main.
+    names no number.  repairs: names of `data_prep.text.REPAIRS`.  revision: of the hub, where the rows are not on main.
     """
 
     columns: tuple[str, ...]

@@ -15,14 +15,14 @@ WHOLE = {"sft": "sequence", "reward": "chosen", "ppo": "prompt", "judge": "chose
 WHOLE_NAMES = {"sequence": "prompt and answer", "chosen": "preferred answer", "prompt": "prompt"}
 
 
-def draw(rows: "pd.DataFrame", drops: Mapping[str, int], lengths: "pd.DataFrame", bias: "pd.DataFrame") -> bytes:
+def draw(rows: "pd.DataFrame", drops: Mapping[str, int], lengths: "pd.DataFrame", preferences: "pd.DataFrame") -> bytes:
     """Four panels as a PNG.
 
     Args:
         rows: `stats.phase_table`; its train columns are drawn.
         drops: reason -> rows.
         lengths: `stats.token_lengths`.
-        bias: `stats.preference_table`.
+        preferences: `stats.preference_table`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def draw(rows: "pd.DataFrame", drops: Mapping[str, int], lengths: "pd.DataFrame"
     _shares(axes[0][0], rows.drop(index="total"))
     _drops(axes[0][1], drops)
     _lengths(axes[1][0], lengths)
-    _bias(axes[1][1], bias)
+    _bias(axes[1][1], preferences)
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="white")
     return file.getvalue()
@@ -74,9 +74,9 @@ def _lengths(axes: Any, lengths: "pd.DataFrame") -> None:
     plain(axes, "Lengths of train rows", "tokens", "share of rows")
 
 
-def _bias(axes: Any, bias: "pd.DataFrame") -> None:
-    shares = bias["longer_chosen"].dropna()
-    names = [f"{str(name).rpartition('/')[2]} ({bias.loc[name, 'pairs']:,})" for name in shares.index]
+def _bias(axes: Any, preferences: "pd.DataFrame") -> None:
+    shares = preferences["longer_chosen"].dropna()
+    names = [f"{str(name).rpartition('/')[2]} ({preferences.loc[name, 'pairs']:,})" for name in shares.index]
     bars = axes.barh(names, shares, color=LINE, height=0.7)
     axes.bar_label(bars, fmt="{:.0%}", fontsize=8, padding=3, color=INK)
     axes.axvline(0.5, color=GUIDE, linewidth=1.2, linestyle=(0, (4, 3)))

@@ -47,8 +47,8 @@ def _write(directory: Path, name: str, refs: Mapping[str, StageRef]) -> dict[str
 
     rows = stats.phase_table(refs["tokenise"].directory)
     lengths = stats.token_lengths(refs["tokenise"].directory)
-    bias = stats.preference_table(refs["split"].directory / "reward-train.arrow")
-    picture = data_figures.draw(rows, _dropped(refs), lengths, bias)
+    preferences = stats.preference_table(refs["split"].directory / "reward-train.arrow")
+    picture = data_figures.draw(rows, _dropped(refs), lengths, preferences)
     (directory / FIGURES).write_bytes(picture)
     html = page.render(
         "data.html",
@@ -65,15 +65,20 @@ def _write(directory: Path, name: str, refs: Mapping[str, StageRef]) -> dict[str
             ),
             (
                 "Preferences",
-                "Pairs of one prompt share answers, which a reward model soon knows by heart: where there are many, "
-                "max_pairs_per_prompt of the source keeps a few. How often the longer of two answers of different "
-                "length is the preferred one is what a reward model that knows nothing but length gets right.",
-                _shown(bias.reset_index(), forms={"longer_chosen": page.percent, "pairs_per_prompt": "{:.1f}".format}),
+                "The reward model's train pairs. Those of one prompt often share answers, which it soon knows by "
+                "heart: max_pairs_per_prompt of a source limits them. Prompts that are nearly equal count as one, "
+                "and one of several sources counts once in the total. How often the longer of two answers of "
+                "different length is the preferred one is what a reward model that knows nothing but length gets "
+                "right.",
+                _shown(
+                    preferences.reset_index(),
+                    forms={"longer_chosen": page.percent, "pairs_per_prompt": "{:.1f}".format},
+                ),
             ),
         ],
     )
     (directory / PAGE).write_text(html, encoding="utf-8")
-    return {"longer_chosen": bias["longer_chosen"].to_dict()["total"]}
+    return {"longer_chosen": preferences["longer_chosen"].to_dict()["total"]}
 
 
 def data_table(refs: Mapping[str, StageRef]) -> list[dict[str, Any]]:

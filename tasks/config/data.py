@@ -39,9 +39,10 @@ class SourceConfig(Section):
     min_score_ratio: float = Field(2.0, ge=1)
     """SHP only: pairs whose scores are closer than this are dropped, as its authors advise."""
     max_pairs_per_prompt: Positive | None = None
-    """At most so many pairs of one prompt, of SHP of one post, trained on or held out. None: 5 of SHP, as its authors
-    advise, and no limit elsewhere. Pairs of one prompt share answers, which a reward model then learns by heart (Ouyang
-    et al. 2022, section 3.5)."""
+    """At most so many rows of one prompt, of SHP of one post, trained on or held out: the first ones of this set. None:
+    5 of SHP, as its authors advise, and no limit elsewhere. Pairs of one prompt often share answers, which a reward
+    model then learns by heart (Ouyang et al. 2022, section 3.5). Pairs of ranked answers weigh less for that already,
+    which stays as it is."""
 
 
 class DemoData(Section):

@@ -188,21 +188,33 @@ def test_shp(cleaned: Clean) -> None:
     assert cleaned(loose, splits)[0]["train"]["drops"] == {}
 
 
-def test_pairs_of_one_prompt_are_capped_in_any_set_that_asks_for_it(cleaned: Clean) -> None:
-    """By the prompt as it is grouped, so not by its case; nobody's default but SHP's."""
+def test_pairs_of_one_prompt_are_capped_where_a_source_says_so(cleaned: Clean) -> None:
+    """Of the prompt as it is grouped, so whatever its case; the first ones stay, on either side."""
     rows = [dialogue("How?", " Yes.", " No."), dialogue("HOW?", " Yes.", " Never."), dialogue("Why?", " So.", " No.")]
     one = SourceSpec("Dahoas/rm-static", max_pairs_per_prompt=1)
     metrics, train, test = cleaned(one, {"train": rows, "test": rows[::-1]})
     assert [texts(row)[1:] for row in train] == [("Yes.", "No."), ("So.", "No.")]
     assert [texts(row)[1:] for row in test] == [("So.", "No."), ("Yes.", "Never.")]
-    assert metrics["train"]["drops"] == {"too_many_pairs": 1}
-    assert cleaned(SourceSpec("Dahoas/rm-static"), {"train": rows, "test": []})[0]["train"]["drops"] == {}
-    many = [webgpt(f"Good {number}.", f"Bad {number}.", 1.0) for number in range(7)]
-    metrics, train, _ = cleaned(SourceSpec("openai/webgpt_comparisons", max_pairs_per_prompt=2), {"train": many})
-    assert [texts(row)[1] for row in train] == ["Good 0.", "Good 1."]
+    assert metrics["train"]["drops"] == metrics["test"]["drops"] == {"too_many_pairs": 1}
+
+
+def test_a_contradiction_shows_before_the_cap_and_takes_no_place(cleaned: Clean) -> None:
+    rows = [dialogue("How?", *answers) for answers in ((" Yes.", " No."), (" No.", " Yes."), (" So.", " Never."))]
+    one = SourceSpec("Dahoas/rm-static", max_pairs_per_prompt=1)
+    metrics, train, _ = cleaned(one, {"train": rows, "test": []})
+    assert [texts(row)[1:] for row in train] == [("So.", "Never.")]
+    assert metrics["train"]["drops"] == {"contradicted": 2}
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, 5), (2, 2), (6, 6)])
+def test_shp_alone_has_a_cap_of_its_own(cleaned: Clean, given: int | None, kept: int) -> None:
     posts = [shp("p", f"Good {number}.", f"Bad {number}.", 1) for number in range(7)]
     splits = {"train": posts, "validation": [], "test": posts}
-    assert cleaned(SourceSpec("stanfordnlp/SHP"), splits)[0]["train"]["drops"] == {"too_many_pairs": 2}
+    spec = SourceSpec("stanfordnlp/SHP", max_pairs_per_prompt=given)
+    assert cleaned(spec, splits)[0]["train"]["drops"] == {"too_many_pairs": 7 - kept}
+    answers = [webgpt(f"Good {number}.", f"Bad {number}.", 1.0) for number in range(7)]
+    spec = SourceSpec("openai/webgpt_comparisons", max_pairs_per_prompt=given)
+    assert len(cleaned(spec, {"train": answers})[1]) == (given or 7)
 
 
 def test_the_cap_samples_and_mostly_stays_when_the_set_grows(cleaned: Clean) -> None:

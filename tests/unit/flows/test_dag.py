@@ -96,8 +96,11 @@ def test_unsupervised_text_is_measured_on_and_learnt_from(tree: dict[str, Any], 
 
 def test_options_of_one_source_clean_only_that_source(tree: dict[str, Any]) -> None:
     before = dag.graph(parse(tree))
-    tree["data"]["sources"]["stanfordnlp/SHP"] = {"max_rows": 5}
-    assert changed(before, dag.graph(parse(tree))) == {"clean:stanfordnlp/SHP"}
+    tree["data"]["sources"]["stanfordnlp/SHP"] = {"max_rows": 5, "max_pairs_per_prompt": 2}
+    after = dag.graph(parse(tree))
+    assert changed(before, after) == {"clean:stanfordnlp/SHP"}
+    settings = after["clean:stanfordnlp/SHP"].config
+    assert (settings["max_rows"], settings["max_pairs_per_prompt"]) == (5, 2)
 
 
 def test_order_of_sources_counts_in_the_blend(tree: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ pytestmark = [
 ]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 WIDTH, HEIGHT = 1280, 900
+SETTLES = 1500
+"""Milliseconds until Prefect's graph of a run has moved into place."""
 STEPS = [
     "SFT: train the policy",
     "reward model: train",
@@ -66,7 +68,7 @@ def keep() -> Callable[[Any, str], None]:
     folder = os.environ.get("RLHF_PICTURES")
 
     def keep(page: Any, name: str) -> None:
-        page.wait_for_timeout(1500)  # Prefect's graph moves into place
+        page.wait_for_timeout(SETTLES)
         if folder:
             page.screenshot(path=Path(folder) / f"{name}.png")
 
@@ -248,6 +250,7 @@ def _runs(api: str, *states: str) -> list[dict[str, Any]]:
 
 def _open_artifact(page: Any, key: str, run_name: str) -> None:
     """By clicks: from a run's page to one of its artifacts."""
+    page.wait_for_timeout(SETTLES)  # a graph that is left while it moves fails in Prefect's own code
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text(key, exact=True).first.click()
     page.wait_for_url(f"**/artifacts/key/{key}")

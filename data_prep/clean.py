@@ -5,7 +5,7 @@ too_many_pairs, cap.  Fixes, counted by row: html_entities, citations, line_ends
 leading_marker.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,9 @@ def _clean_side(spec: SourceSpec, side: str, raw: Path, path: Path, max_chars: i
     draft = path.with_suffix(".draft")
     kept = _write_draft(spec, side, raw, draft, max_chars, drops, fixes)
     reasons = _contradicted(kept)
-    reasons |= _crowded(kept, spec.max_pairs_per_prompt or source_of(spec).pairs_per_group, reasons)
+    most = spec.max_pairs_per_prompt or source_of(spec).pairs_per_group
+    if most is not None:
+        reasons |= _crowded(kept, most, reasons)
     if side == "train" and spec.max_rows is not None:
         reasons |= _over_cap(kept, spec.max_rows, reasons)
     with table_writer(path, PAIR_SCHEMA) as writer:
@@ -150,12 +152,12 @@ def _contradicted(kept: list[_Kept]) -> dict[int, str]:
     return {number: "contradicted" for number, keys in enumerate(kept) if times[keys.answers] > 1}
 
 
-def _crowded(kept: list[_Kept], most: int | None, gone: dict[int, str]) -> dict[int, str]:
-    """Rows beyond the first `most` of their group; None: no row. Those that are gone take no place."""
-    places: defaultdict[str, int] = defaultdict(int)
+def _crowded(kept: list[_Kept], most: int, gone: dict[int, str]) -> dict[int, str]:
+    """Rows beyond the first `most` of their group, in which those that are gone take no place."""
+    places: Counter[str] = Counter()
     crowded = {}
     for number, keys in enumerate(kept):
-        if most is not None and number not in gone:
+        if number not in gone:
             places[keys.group] += 1
             if places[keys.group] > most:
                 crowded[number] = "too_many_pairs"

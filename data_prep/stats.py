@@ -32,8 +32,8 @@ def preference_table(path: Path) -> pd.DataFrame:
     """What a reward model meets, by source: pairs that share a prompt, and the length bias that it has to beat.
 
     path: a table of pairs (`tables.PAIR_SCHEMA`).  Columns: pairs, pairs_per_prompt (mean over the blended
-    groups, where prompts that are nearly equal are one),
-    longer_chosen (share of the pairs whose answers differ in length), chosen_chars and rejected_chars (means).
+    groups, where prompts that are nearly equal are one), longer_chosen (share of the pairs whose answers differ in
+    length), chosen_chars and rejected_chars (means).
     """
     table = read_arrow(path, ["source", "group", "chosen", "rejected"])
     lengths = pd.DataFrame(

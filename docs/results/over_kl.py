@@ -27,7 +27,7 @@ def main() -> None:
     title = "PPO with a fifth of the KL penalty and 2.5 times the learning rate"
     draw_over_kl(axes, read_rows(HERE / "smollm2-135m-pools.jsonl"), title)
     axes.axvline(GATE, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.annotate("gate: KL <= 12", (GATE + 0.4, 1.25), fontsize=8.5, color=INK)
+    axes.text(GATE + 0.4, 0.05, "gate: KL <= 12", transform=axes.get_xaxis_transform(), fontsize=8.5, color=INK)
     figure.savefig(HERE.parent / "pictures" / "smollm2-135m.png", facecolor="white")
 
 

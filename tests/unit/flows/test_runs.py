@@ -31,7 +31,7 @@ def test_a_shipped_config_is_read_and_has_its_stages(path: Path) -> None:
     ("run", "gpu", "models", "settings"),
     [
         ("smollm2-135m", "a6000", {"policy": SMOLLM2}, ()),
-        ("smollm2-135m", "l4", {"policy": SMOLLM2}, ("ppo.micro_batch_size=16", "reward.micro_batch_tokens=16384")),
+        ("smollm2-135m", "l4", {"policy": SMOLLM2}, ("ppo.micro_batch_size=16",)),
         ("opt-1.3b", "h100", {"policy": OPT_1B, "reward": OPT_350M}, ()),
         ("llama-7b", "a100", {"policy": LLAMA_7B}, ()),
     ],

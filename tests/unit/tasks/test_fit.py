@@ -92,7 +92,7 @@ def test_time_of_recomputed_steps_is_near_deepspeeds(changes: dict, step_s: floa
 
 @pytest.mark.parametrize(("frozen_layers", "gib"), [(0, 24.5), (15, 12.6)])
 def test_memory_of_frozen_layers_is_near_the_peaks_of_a_run(frozen_layers: int, gib: float) -> None:
-    # The two reward models of infra/runs/smollm2-135m.yaml on one H200, eager.
+    # The two reward models of docs/results/smollm2-135m.md's fifth try, on one H200, eager.
     config = yaml.safe_load((BENCH_SHAPES / "smollm2-135m.yaml").read_text())
     load = Load(32_768, 98_304, 768, scores_tokens=False, frozen_layers=frozen_layers)
     memory = trained(shape_of(config), EngineConfig(), None, load, gpus=1)

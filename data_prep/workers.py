@@ -73,9 +73,16 @@ def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     return value
 
 
+def pause(seconds: float) -> None:
+    """Waits in a thread. Raises RuntimeError where `stopped_together` ends the run meanwhile."""
+    if _stopping.wait(seconds):
+        raise RuntimeError("not tried again: the run is being stopped")
+
+
 @contextmanager
 def stopped_together() -> Iterator[None]:
-    """Ends the processes of `apart` when the block ends by an exception, so that no thread goes on waiting for them."""
+    """Ends the processes of `apart` and the pauses when the block ends by an exception, so that no thread goes on
+    waiting for them."""
     _stopping.clear()
     try:
         yield

@@ -6,20 +6,23 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
+from prefect.runtime import task_run
 
 from data_prep import spread, workers
 from data_prep.spread import Mapper
 from tasks import dag, remote
 from tasks.stages import Stage, StageRef, read_manifest
-from tasks.steps import STAGE, Run, Work, make
+from tasks.steps import STAGE, Run, Work, make, tried_again
 
 Refs = Mapping[str, StageRef]
+DELAYS = [5, 30, 120]
+"""Seconds before a download is tried again."""
 
 
-def _is_worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+def _is_worth_another_try(error: Any) -> bool:
     """A hub that gave no answer may give one later; whatever else went wrong will again."""
-    return isinstance(state.data, ConnectionError)
+    return isinstance(error, ConnectionError)
 
 
 @task(name="demo", task_run_name="write the demo's sets", **STAGE)
@@ -31,13 +34,15 @@ def demo(run: Run) -> Any:
 @task(
     name="download",
     task_run_name="download {name}",
-    retries=3,
-    retry_delay_seconds=[5, 30, 120],
-    retry_condition_fn=_is_worth_another_try,
+    retries=len(DELAYS),
+    retry_condition_fn=tried_again(_is_worth_another_try, DELAYS),
     **STAGE,
 )
 def download(run: Run, name: str, refs: Refs) -> Any:
     """The raw rows of a source."""
+    if (tried := (task_run.run_count or 1) - 1) > 0:  # Prefect's own delay would hold up a Ctrl-C until it is over
+        get_run_logger().info("Asks the hub again in %d s", DELAYS[tried - 1])
+        workers.pause(DELAYS[tried - 1])
     return make(run, f"download:{name}", refs, work)
 
 

@@ -6,7 +6,7 @@ decide what is computed. So the tasks cache and persist nothing themselves.
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,24 @@ class TaskOptions(TypedDict):
 
 
 STAGE: TaskOptions = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+def tried_again(is_worth: Callable[[Any], bool], delays: Sequence[float]) -> Callable[[Any, Any, Any], bool]:
+    """A task's `retry_condition_fn`: by the exception that ended it. Who watches the run is told of each new try.
+
+    Prefect asks only while tries are left, so a yes is always followed by one.
+
+    Args:
+        delays: seconds before each new try, as many as there may be.
+    """
+
+    def condition(task: Any, task_run: Any, state: Any) -> bool:
+        if not is_worth(state.data):
+            return False
+        watcher().said(f"{state.data}; tried again in {delays[task_run.run_count - 1]:g} s")
+        return True
+
+    return condition
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,27 @@ from tasks import api_judge, dag, gates, registered
 from tasks.config import ConfigError
 from tasks.launched import StageFailed
 from tasks.stages import Stage, StageRef
-from tasks.steps import STAGE, Run, Work, by_worker, made_here, make
+from tasks.steps import STAGE, Run, Work, by_worker, made_here, make, tried_again
 from tasks.tracking import Version
 from tasks.watch import watcher
 
 Refs = Mapping[str, StageRef]
 
 
-def _is_worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+def _is_worth_another_try(error: Any) -> bool:
     """A worker that was killed goes on from its checkpoint; lack of memory, NaN and mistakes in the config stay."""
-    return isinstance(state.data, StageFailed) and state.data.again
+    return isinstance(error, StageFailed) and error.again
 
 
+DELAYS = [5, 60]
+"""Seconds before a second and a third try."""
 TRAINED: dict[str, Any] = {
-    "retries": 2,
-    "retry_delay_seconds": [5, 60],
-    "retry_condition_fn": _is_worth_another_try,
+    "retries": len(DELAYS),
+    "retry_delay_seconds": DELAYS,
+    "retry_condition_fn": tried_again(_is_worth_another_try, DELAYS),
     **STAGE,
 }
-EVALUATED: dict[str, Any] = {**TRAINED, "retries": 1, "retry_delay_seconds": 5}
+EVALUATED: dict[str, Any] = {**TRAINED, "retries": 1}
 """Options of the tasks that train, and of those that only answer and score."""
 
 

@@ -1,12 +1,14 @@
 """What is wrong with a user's data or model shows as one sentence with the mend; nothing of it is taken for done."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tasks import tracking
@@ -114,6 +116,25 @@ def test_pad_that_is_eos_gets_a_token_of_its_own(
     tokenizer, trained = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert before.pad_token == before.eos_token == tokenizer.eos_token != tokenizer.pad_token
     assert trained.config.vocab_size == len(tokenizer) == len(before) + 1
+
+
+def test_a_hub_that_is_down_is_asked_again_until_ctrl_c(
+    command: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_api: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
+    tree = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"workspace": str(tmp_path / "workspace")}
+    del tree["data"]["demo"]
+    config, output = tmp_path / "hub.yaml", tmp_path / "output"
+    config.write_text(yaml.safe_dump(tree))
+    with output.open("w") as file:
+        started = command("run", str(config), api=prefect_api, output=file)
+        started.wait_for(lambda: "data.hub" in output.read_text() and "tried again in 30 s" in output.read_text())
+        started.process.send_signal(signal.SIGINT)
+        ended = started.end(seconds=20)  # not after the 30
+    assert ended.code == 130
+    assert "Stopped. What is finished stays" in output.read_text()
+    assert "Traceback" not in output.read_text()
+    assert ended.left == []
 
 
 def test_a_training_that_diverges_is_not_tried_again(

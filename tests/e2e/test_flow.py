@@ -286,6 +286,10 @@ def test_a_set_without_its_columns(rlhf: Rlhf, folder: Path, prefect_api: str) -
 def test_a_killed_worker_is_started_again_and_goes_on(killed: tuple[Any, Path], prefect_api: str) -> None:
     ended, directory = killed
     assert ended.code == 0, ended.output
+    assert re.findall(r"ppo was killed .*", ended.output) == [
+        "ppo was killed (SIGKILL), most likely because the machine ran out of memory; lower its micro-batches; "
+        "tried again in 5 s"
+    ]
     rows = [json.loads(line) for line in (directory / "records" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 41))
     _, tasks, _ = runs_of(prefect_api, ended.output)

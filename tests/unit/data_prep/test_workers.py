@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_a_set_cleaned_apart_has_the_same_bytes(demo_hub: Path, tmp_path: Path) 
     assert here == apart
     for side in ("train", "test"):
         assert (tmp_path / "here" / f"{side}.arrow").read_bytes() == (tmp_path / "apart" / f"{side}.arrow").read_bytes()
+
+
+def test_a_pause_ends_with_the_run() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(workers.pause, 60)
+        with pytest.raises(KeyboardInterrupt), workers.stopped_together():
+            raise KeyboardInterrupt
+        with pytest.raises(RuntimeError, match="the run is being stopped"):
+            waits.result(5)
+    with workers.stopped_together():  # as a later run of this process begins
+        workers.pause(0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

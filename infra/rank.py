@@ -37,7 +37,8 @@ def main() -> None:
     faulthandler.register(DUMP_SIGNAL, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True)
+        # One write a line, or ranks mix within it: under PYTHONUNBUFFERED Python writes text and newline apart.
+        stream.reconfigure(line_buffering=True, write_through=False)
     module, *arguments = sys.argv[1:]
     sys.argv = [module, *arguments]
     report_start()

@@ -187,3 +187,26 @@ def test_a_rank_exits_as_its_module_does_and_tells_it_last(
     assert first.startswith('@start {"rank": 1, "pid": ')
     assert last == f'@exit {{"rank": 1, "code": {code}}}'
     assert printed in "\n".join(lines)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_rank_writes_each_line_at_once_so_that_two_do_not_mix(tmp_path: Path, unbuffered: str) -> None:
+    """Many images set PYTHONUNBUFFERED, under which Python's print makes two writes of a line."""
+    (tmp_path / "some_module.py").write_text("import sys; print('one', 1); print('two', 2, file=sys.stderr)")
+    read_end, write_end = os.pipe2(os.O_DIRECT)  # a reader gets each write by itself
+    subprocess.run(
+        [sys.executable, "-m", "infra.rank", "some_module"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])]),
+            "PYTHONUNBUFFERED": unbuffered,
+        },
+        stdout=write_end,
+        stderr=write_end,
+        check=True,
+    )
+    os.close(write_end)
+    with os.fdopen(read_end, "rb", buffering=0) as pipe:
+        writes = list(iter(lambda: pipe.read(4096), b""))
+    assert writes[1:-1] == [b"one 1\n", b"two 2\n"]
+    assert all(write.startswith(b"\r@") and write.endswith(b"\n") for write in (writes[0], writes[-1]))

@@ -132,11 +132,12 @@ def _pass(shape: Shape, engine: EngineConfig, load: Load) -> Memory:
 def seconds(shape: Shape, engine: EngineConfig, lora: LoraConfig | None, load: Load, gpu: Gpu) -> float:
     """Time of an optimizer step of a network on one GPU, without what several GPUs say to each other."""
     rows = load.total_tokens / load.length
-    work = rows * work_of(shape, [load.length], load.scores_tokens, load.frozen_layers)
-    if lora is not None:
-        work = work * 2 / 3  # a frozen weight has no gradient of its own
+    forward = rows * work_of(shape, [load.length], load.scores_tokens) / 3
+    # A trained layer takes a second pass for its input's gradient, a third for its weights', one more if recomputed.
+    learning = 1 - load.frozen_layers / shape.layers
+    passes = 1 + learning * (1 + (lora is None) + engine.gradient_checkpointing)
     share = 0.51 if engine.compile_layers else 0.37
-    time = work / (gpu.flops * share) * (4 / 3 if engine.gradient_checkpointing else 1)
+    time = passes * forward / (gpu.flops * share)
     learnt = _learnt(shape, lora, load.frozen_layers)
     return time * (1.1 if engine.zero_stage == 3 else 1) + (CPU_ADAM * learnt if engine.offload_optimizer else 0)
 

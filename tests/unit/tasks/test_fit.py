@@ -90,6 +90,20 @@ def test_time_of_recomputed_steps_is_near_deepspeeds(changes: dict, step_s: floa
     assert seconds(B17, engine, None, FULL, H100) == pytest.approx(step_s, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("frozen_layers", "lora", "passes"),
+    # Forward, for inputs' gradients, for weights' gradients, and of what is trained forward once more.
+    [(0, None, (3, 4)), (12, None, (2, 2.5)), (0, LoraConfig(), (2, 3)), (12, LoraConfig(), (1.5, 2))],
+)
+def test_recomputation_takes_one_more_forward_pass_of_what_is_trained(
+    frozen_layers: int, lora: LoraConfig | None, passes: tuple[float, float]
+) -> None:
+    load = Load(16_384, 16_384, 512, scores_tokens=False, frozen_layers=frozen_layers)
+    plain = seconds(B17, EngineConfig(), None, Load(16_384, 16_384, 512, scores_tokens=False), H100) / 3
+    for engine, count in zip((EngineConfig(), EngineConfig(gradient_checkpointing=True)), passes, strict=True):
+        assert seconds(B17, engine, lora, load, H100) == pytest.approx(count * plain)
+
+
 @pytest.mark.parametrize(("frozen_layers", "gib"), [(0, 24.5), (15, 12.6)])
 def test_memory_of_frozen_layers_is_near_the_peaks_of_a_run(frozen_layers: int, gib: float) -> None:
     # The two reward models of docs/results/smollm2-135m.md's fifth try, on one H200, eager.

@@ -29,10 +29,11 @@ def blend(
     and groups.arrow (`GROUPS_SCHEMA`): the names that were merged into a group of another name.
 
     weights: by source, 1 where not named.  Up to 1 it is the share of train groups taken (chosen by a hash of seed and
-    group, so that it stays as it is when rows arrive); above 1 all are taken and it becomes their `weight` in the loss.
-    Test rows are all taken.  Drops: leak (a train row of a group that some source holds out), unselected (by weight),
-    contradicted (near-duplicates of the two answers are preferred the other way round somewhere), duplicate (the same
-    pair from an earlier source), near_duplicate (one with a like prompt, like chosen and like rejected answer).
+    group, so that it stays as it is when rows arrive); above 1 all are taken and their pairs' `weight` in a reward
+    model's loss is times that.  Test rows are all taken.  Drops: leak (a train row of a group that some source holds
+    out), unselected (by weight), contradicted (near-duplicates of the two answers are preferred the other way round
+    somewhere), duplicate (the same pair from an earlier source), near_duplicate (one with a like prompt, like chosen
+    and like rejected answer).
     Returns {"sources": {name: {"train" | "test": {"rows_in", "kept", "drops"}}}, "train", "test", "groups", "leak",
     "leaked_tests"}; the last are the test rows that the dropped train rows would have given away.
     mapped: `map`, or another that searches for near-duplicates elsewhere.  ValueError for an unknown name, a weight

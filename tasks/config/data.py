@@ -33,7 +33,8 @@ class SourceConfig(Section):
     licence: str | None = None
     """Of the rows, for the model's card; None: what is known of one of the six sets."""
     weight: PositiveFloat = 1.0
-    """Share of the set's groups that is used (up to 1), or the weight of its rows in the loss (above 1)."""
+    """Share of the set's groups that is used (up to 1), or the weight of its pairs in the reward models' loss (above
+    1); SFT and PPO take their rows alike."""
     max_rows: Positive | None = None
     """Cap on the train rows that are read."""
     min_score_ratio: float = Field(2.0, ge=1)
@@ -43,6 +44,14 @@ class SourceConfig(Section):
     5 of SHP, as its authors advise, and no limit elsewhere. Pairs of one prompt often share answers, which a reward
     model then learns by heart (Ouyang et al. 2022, section 3.5). Pairs of ranked answers weigh less for that already,
     which stays as it is."""
+
+    @model_validator(mode="after")
+    def _has_pairs_to_weigh(self) -> "SourceConfig":
+        if self.kind == "sft" and self.weight > 1:
+            raise ValueError(
+                f"weight {self.weight:g} is of pairs in the reward models' loss, and kind sft has none; leave it at 1"
+            )
+        return self
 
 
 class DemoData(Section):

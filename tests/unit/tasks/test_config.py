@@ -69,6 +69,13 @@ def test_a_raw_deepspeed_key_that_the_config_decides_is_named(raw: dict, said: s
         parse({"ppo": {"critic_engine": {"deepspeed": raw}}})
 
 
+def test_a_weight_without_pairs_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\.own: weight 2 is of pairs .* kind sft has none; leave it at 1"
+    ):
+        parse({"data": {"sources": {"own": {"path": "own.jsonl", "kind": "sft", "weight": 2}}}})
+
+
 def test_a_secret_among_raw_deepspeed_keys_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match=r"comet\.api_key is a secret, which a config must not hold") as refused:
         parse({"sft": {"engine": {"deepspeed": {"comet": {"enabled": False, "api_key": "a-canary"}}}}})

@@ -124,7 +124,7 @@ class Judge:
         turn = Message(role="assistant", content=answer)
         ids = prompt_ids(self.tokenizer, messages) + answer_ids(self.tokenizer, messages, turn)
         whole = right_padded([ids], self.tokenizer.pad_token_id, self.device)
-        return float(at(self.model(whole), whole.attention_mask.sum(1) - 1) - self.model.score_mean)
+        return float(at(self.model(whole), whole.attention_mask.sum(1) - 1))
 
 
 class _Asked(StoppingCriteria):

@@ -223,7 +223,7 @@ def measure(
         [row["prompt"] + ids for row, ids in zip(part, judged, strict=True)], panel.tokenizer.pad_token_id, job.device
     )
     last = whole.attention_mask.sum(1) - 1
-    scores = {role: (at(model(whole), last) - model.score_mean).tolist() for role, model in panel.scorers.items()}
+    scores = {role: at(model(whole), last).tolist() for role, model in panel.scorers.items()}
     columns = []
     for place, (row, ids, text, ended) in enumerate(zip(part, answered, texts, rollout.ended, strict=True)):
         column = {name: text} | {f"{name}_{role}": of_role[place] for role, of_role in scores.items()}
@@ -268,7 +268,7 @@ def along_ppo(job: Job, config: EvaluateConfig, panel: Panel) -> list[dict[str, 
         whole = right_padded([row["prompt"] + row["answer"] for row in part], panel.tokenizer.pad_token_id, job.device)
         last = whole.attention_mask.sum(1) - 1
         for role, model in later.items():
-            for row, score in zip(part, (at(model(whole), last) - model.score_mean).tolist(), strict=True):
+            for row, score in zip(part, at(model(whole), last).tolist(), strict=True):
                 row[role] = score
     pools: dict[int, list[dict[str, Any]]] = {}
     for row in kept:

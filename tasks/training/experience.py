@@ -41,8 +41,6 @@ class Networks(NamedTuple):
     critic: Engine
     reference: Any
     reward_model: Any
-    score_mean: float
-    """Subtracted from the reward model's scores: 0 is as good as the held-out chosen answers."""
     eos: int
     pad: int
     slots: "SlotEngine | GatheredSlots | None" = None
@@ -155,7 +153,7 @@ def score(config: PPOConfig, networks: Networks, rollout: Rollout) -> Scored:
         logprobs, entropy = (torch.cat(column) for column in zip(*policy, strict=True))
     if not bool(torch.isfinite(scores).all()):
         raise NotFiniteError("the reward model gave a score that is no number; its training diverged, see stage reward")
-    return Scored(rollout, logprobs, entropy, reference, values, scores - networks.score_mean)
+    return Scored(rollout, logprobs, entropy, reference, values, scores)
 
 
 @torch.no_grad()

@@ -71,12 +71,14 @@ class ScalarModel(nn.Module):
 
     @property
     def score_mean(self) -> float:
-        """Mean score of held-out chosen answers, subtracted from scores so that 0 means "as good as those"."""
+        """What is subtracted from the head's output: the mean of held-out chosen answers, so that 0 is as good as those
+        (as Ouyang et al. 2022, section 3.5, do by a bias)."""
         return float(getattr(self.model.config, SCORE_MEAN, 0.0))
 
     def forward(self, sequences: Sequences | Packed) -> Tensor:
-        """[B, T] (or [1, N]) fp32: the head's output at every token, as trained (the mean is not subtracted)."""
-        return self.model.score(hidden_states(self.model, sequences, self.compiled)).squeeze(-1).float()
+        """[B, T] (or [1, N]) fp32: the score at every token, by the same zero in a reward model and in its critic."""
+        raw = self.model.score(hidden_states(self.model, sequences, self.compiled)).squeeze(-1).float()
+        return raw - self.score_mean
 
 
 def hidden_states(model: PreTrainedModel, sequences: Sequences | Packed, compiled: bool = False) -> Tensor:

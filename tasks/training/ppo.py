@@ -200,7 +200,6 @@ def make_networks(job: Job, config: PPOConfig, tokenizer: PreTrainedTokenizerBas
         policy=policy,
         critic=critic,
         reference=reference,
-        score_mean=reward_model.score_mean,
         reward_model=frozen_engine(reward_model, config.reward_engine, device, "ppo.reward_engine"),
         eos=tokenizer.eos_token_id,
         pad=pad,

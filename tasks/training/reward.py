@@ -70,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
         done["steps"],
         {f"{job.stage}/eval_{name}": value for name, value in metrics.items() if isinstance(value, float)},
     )
-    setattr(engine.module.model.config, SCORE_MEAN, metrics["chosen_score"])
+    setattr(engine.module.model.config, SCORE_MEAN, engine.module.score_mean + metrics["chosen_score"])
     export(engine.module, tokenizer, job.directory / "model")
     return {**done, "train_pairs": len(train), **metrics}
 

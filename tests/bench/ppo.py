@@ -237,7 +237,6 @@ def networks_of(
         critic=trained(ScalarModel, AutoModelForSequenceClassification, size.critic, "critic"),
         reference=reference,
         reward_model=frozen_engine(reward, config.reward_engine, device, "reward"),
-        score_mean=0.0,
         eos=-1,
         pad=1,
         slots=sampler,

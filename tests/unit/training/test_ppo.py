@@ -66,6 +66,7 @@ class PlainEngine:
 def networks(learning_rate: float = 0.0) -> Networks:
     torch.manual_seed(0)
     config = tiny_llama(50, initializer_range=0.3, pad_token_id=PAD, eos_token_id=EOS, num_labels=1)
+    config.rlhf_score_mean = 0.25
     policy = Policy(LlamaForCausalLM(config))
     reward = ScalarModel(LlamaForSequenceClassification(config))
     return Networks(
@@ -73,7 +74,6 @@ def networks(learning_rate: float = 0.0) -> Networks:
         critic=PlainEngine(copy.deepcopy(reward), learning_rate),
         reference=copy.deepcopy(policy).eval(),
         reward_model=reward.eval(),
-        score_mean=0.25,
         eos=EOS,
         pad=PAD,
     )
@@ -114,6 +114,18 @@ def test_in_the_first_pass_the_ratio_is_one_and_nothing_is_clipped(tmp_path, epo
     assert (found if config.one_step else metrics)["ppo/entropy"] > 0
 
 
+def test_a_critic_begins_by_the_zero_of_its_reward_model():
+    """Where all answers are worth the same and the critic knows it, no token has an advantage, the last included."""
+    nets = networks()
+    for model in (nets.critic.module, nets.reward_model):
+        torch.nn.init.zeros_(model.model.score.weight)
+    config = PPOConfig(**SMALL | {"kl_coef": 0.0}, gae_lambda=0.95, whiten_advantages=False, missing_eos_penalty=0.0)
+    made, metrics = experience(nets, config)
+    assert metrics["ppo/reward"] == -0.25
+    assert torch.equal(made.values, torch.where(made.answer_mask, -0.25, 0.0))
+    torch.testing.assert_close(made.advantages, torch.zeros_like(made.advantages))
+
+
 def test_gradients_are_those_of_the_sequences_one_by_one():
     """Clipped losses as one token mean over the optimizer batch, whatever the padding and the micro-batches."""
     config = PPOConfig(**SMALL, epochs=2)
@@ -130,7 +142,7 @@ def test_gradients_are_those_of_the_sequences_one_by_one():
         ratio, advantage = (new - made.logprobs[row, :count]).exp(), made.advantages[row, :count]
         policy_total = policy_total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
         hidden = critic.model.model(torch.tensor([ids])).last_hidden_state[0, begin - 1 : end - 1]
-        value, old = critic.model.score(hidden)[:, 0], made.values[row, :count]
+        value, old = critic.model.score(hidden)[:, 0] - 0.25, made.values[row, :count]
         errors = (
             (value - made.returns[row, :count]) ** 2,
             (old + (value - old).clamp(-0.2, 0.2) - made.returns[row, :count]) ** 2,

@@ -2,17 +2,18 @@
 
 sft-{side}: prompt, answer and others, the spans of the answer that are not learnt: an SFT-only row is a whole
 conversation, of which all assistant's turns are learnt; its answer begins with the first.  reward-{side} and
-judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt once, with its group, and with its messages, so
-that a policy with another tokenizer can be asked the same.  Every answer ends in EOS.  Nothing is cut: what is too long
-is dropped and counted.
+judge-{side}: prompt, chosen, rejected, weight.  ppo-{side}: each prompt once, with its messages, so that a policy with
+another tokenizer can be asked the same.  All have their source and group.  Every answer ends in EOS.  Nothing is cut:
+what is too long is dropped and counted.
 
 What a reward model is judged on, and the prompts that a policy is, are those held out in any phase, their own first:
 nothing is trained on them, and the more there are, the narrower are the intervals of accuracy and win rate. SFT's
-perplexity needs no more than its own.
+perplexity needs no more than its own. They come in the order of a hash of their groups, not source by source, so that
+who reads the first so many reads of all sources.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.keys import messages_digest
+from data_prep.keys import fraction, messages_digest
 from data_prep.splits import PHASES, SIDES
 from data_prep.spread import Mapper
 from data_prep.tables import MESSAGES, iter_rows, table_writer
@@ -44,14 +45,13 @@ BATCH = 1024
 
 _IDS = pa.list_(pa.int32())
 _SPANS = pa.list_(pa.struct([("begin", pa.int32()), ("end", pa.int32())]))
-_PAIR_IDS = pa.schema(
-    [("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS), ("weight", pa.float32()), ("source", pa.string())]
-)
+_ORIGIN = [("source", pa.string()), ("group", pa.string())]
+_PAIR_IDS = pa.schema([("prompt", _IDS), ("chosen", _IDS), ("rejected", _IDS), ("weight", pa.float32()), *_ORIGIN])
 SCHEMAS = {
-    "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("others", _SPANS), ("source", pa.string())]),
+    "sft": pa.schema([("prompt", _IDS), ("answer", _IDS), ("others", _SPANS), *_ORIGIN]),
     "reward": _PAIR_IDS,
     "judge": _PAIR_IDS,
-    "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), ("source", pa.string()), ("group", pa.string())]),
+    "ppo": pa.schema([("prompt", _IDS), ("messages", MESSAGES), *_ORIGIN]),
 }
 KEPT = ("source", "group", "weight")  # as they are, where the schema has them
 # Which answers of a pair each phase reads, and what the column is called there.
@@ -102,7 +102,8 @@ def tokenise(
         own = split_dir / name
         others = held_out if side == "eval" and phase != "sft" else []
         paths = [own, *(path for path in others if path != own)]
-        counts = _tokenise_file(paths, phase, (tokenizer_dir, trusted), limits, out / name, mapped)
+        read = _by_hash if side == "eval" else iter_rows
+        counts = _tokenise_file(paths, read, phase, (tokenizer_dir, trusted), limits, out / name, mapped)
         metrics.setdefault(phase, {})[side] = counts
         _check_left(phase, side, counts, limits)
     return metrics
@@ -122,8 +123,19 @@ def _check_left(phase: str, side: str, counts: dict[str, Any], limits: Limits) -
         )
 
 
+def _by_hash(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table in an order that stays as it is when others come between them."""
+    return sorted(iter_rows(path), key=lambda row: fraction("order", row["group"]))
+
+
 def _tokenise_file(
-    paths: list[Path], phase: str, tokenizer: Trusted, limits: Limits, out: Path, mapped: Mapper
+    paths: list[Path],
+    read: Callable[[Path], Iterable[dict[str, Any]]],
+    phase: str,
+    tokenizer: Trusted,
+    limits: Limits,
+    out: Path,
+    mapped: Mapper,
 ) -> dict[str, Any]:
     drops: Counter[str] = Counter()
     lengths: dict[str, list[int]] = {column: [] for column in ("prompt", *ANSWERS[phase])}
@@ -134,7 +146,7 @@ def _tokenise_file(
         nonlocal rows_in
         seen: set[bytes] = set()
         worse = _rejected(paths) if phase == "sft" else frozenset()
-        for batch in _batches(paths):
+        for batch in _batches(chain.from_iterable(map(read, paths))):
             if _reads_pairs(phase):
                 batch = [row for row in batch if row["rejected"]]
             rows_in += len(batch)
@@ -174,9 +186,9 @@ def _rejected(paths: Iterable[Path]) -> set[bytes]:
     return {messages_digest(row["prompt"], row["rejected"]) for row in rows if row["rejected"]}
 
 
-def _batches(paths: Iterable[Path]) -> Iterator[list[dict[str, Any]]]:
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
-    for row in chain.from_iterable(map(iter_rows, paths)):
+    for row in rows:
         batch.append(row)
         if len(batch) == BATCH:
             yield batch

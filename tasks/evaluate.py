@@ -15,7 +15,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.conversation import Message
 from data_prep.demo import true_score
-from data_prep.splits import EVAL_KEYS
-from data_prep.tables import iter_rows, read_table
+from data_prep.tables import read_table
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids, same_tokens
-from data_prep.trained import trained_on
+from data_prep.trained import unseen
 from tasks import untrusted
 from tasks.compared import PROXY, SCORERS, comparison, measured
 from tasks.config import EvaluateConfig
@@ -88,7 +86,8 @@ def _compare(job: Job) -> dict[str, Any]:
         panel = Panel(_scorers(job, config, tokenizer), tokenizer, None)
         columns = answers(job, config, panel, contestant, prompts, Told(job, 0, 1, len(prompts)))
     rows = [row | column for row, column in zip(rows, columns, strict=True)]
-    rows = unseen(rows, prompts, [job.inputs["champion"]], job.inputs["split"])
+    asked = unseen([prompt["group"] for prompt in prompts], [job.inputs["champion"]], job.inputs["split"])
+    rows = [rows[place] for place in asked]
     write_rows(job.directory / ANSWERS, rows)
     return _against(rows, "champion")
 
@@ -141,34 +140,14 @@ def _scorers(job: Job, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def held_out_prompts(job: Job, count: int) -> list[dict[str, Any]]:
-    """The first `count` held-out prompts, those of PPO's phase before others (in the order of the data: by hash).
+    """The first `count` held-out prompts in the order of the data, in which those of PPO's phase come before others.
 
     Prompts that a model of this run, or one that it comes from, was trained on are none of them.
     """
-    rows: list[dict[str, Any]] = read_table(job.inputs["data"] / "ppo-eval.arrow").to_list()
+    table = read_table(job.inputs["data"] / "ppo-eval.arrow")
     ours = [job.inputs[role] for role in ("sft", *SCORERS, "ppo", "candidate") if role in job.inputs]
-    return unseen(rows, rows, ours, job.inputs["split"])[:count]
-
-
-def unseen(
-    rows: Sequence[dict[str, Any]], prompts: Sequence[dict[str, Any]], models: Sequence[Path], split: Path
-) -> list[dict[str, Any]]:
-    """The rows whose prompt belongs to no group that one of the models was trained on. ValueError if there is none.
-
-    Args:
-        prompts: of the rows, with their `group`.
-        models: folders that keep what their model and its ancestors were trained on.
-        split: the stage that holds the prompts out.
-    """
-    trained = set(trained_on(models).tolist())
-    seen = {row["group"] for row in iter_rows(split / EVAL_KEYS) if not trained.isdisjoint(row["keys"])}
-    left = [row for row, prompt in zip(rows, prompts, strict=True) if prompt["group"] not in seen]
-    if not left:
-        raise ValueError(
-            "The models that are compared, or those that they come from, were trained on every held-out prompt: "
-            "add rows that are new to them, or keep the split ledger of their workspace."
-        )
-    return left
+    rows: list[dict[str, Any]] = table.select(unseen(table["group"], ours, job.inputs["split"])[:count]).to_list()
+    return rows
 
 
 def answers(

@@ -28,7 +28,7 @@ from tasks.training.lora import add_adapters
 from tasks.training.losses import pairwise_loss
 from tasks.training.models import SCORE_MEAN, freeze_first, keep_first, load_scalar
 from tasks.training.ranks import gather_rows, world_size
-from tasks.training.supervised import fit, own_share, steps_of
+from tasks.training.supervised import fit, held_out, own_share, steps_of
 from tasks.training.types import Engine, PairBatch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -39,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     config, seed = RewardConfig.model_validate(job.config[job.stage]), job.config["seed"]
     tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base"))
     train = read_table(job.inputs["data"] / f"{job.phase}-train.arrow")
-    held_out = read_table(job.inputs["data"] / f"{job.phase}-eval.arrow")
+    judged_on = held_out(job, config.eval_rows)
     if job.stage == "gold":
         config = within(config, len(train))
     model = load_scalar(job.inputs["base"], tokenizer.pad_token_id, seed, job.trusts("base"))
@@ -62,7 +62,7 @@ def run(job: Job) -> dict[str, Any]:
         return float(batch.weight.sum())
 
     def found() -> dict[str, Any]:
-        return evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), collate, config)
+        return evaluate(engine, judged_on, collate, config)
 
     done = fit(job, config, engine, train, collate, pair_tokens, loss_of, weight_of, found, seed)
     metrics = found()

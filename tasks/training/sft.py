@@ -20,7 +20,7 @@ from tasks.training.job import Job
 from tasks.training.lora import add_adapters
 from tasks.training.models import load_policy
 from tasks.training.ranks import gather_rows
-from tasks.training.supervised import fit, own_share, steps_of
+from tasks.training.supervised import fit, held_out, own_share, steps_of
 from tasks.training.types import Engine, LanguageBatch
 
 
@@ -29,7 +29,7 @@ def run(job: Job) -> dict[str, Any]:
     config, seed = SFTConfig.model_validate(job.config["sft"]), job.config["seed"]
     tokenizer = load_tokenizer(job.inputs["tokenizer"], job.trusts("base"))
     train = read_table(job.inputs["data"] / "sft-train.arrow")
-    held_out = read_table(job.inputs["data"] / "sft-eval.arrow")
+    judged_on = held_out(job, config.eval_rows)
     model = load_policy(job.inputs["base"], job.trusts("base"))
     steps = steps_of(config, len(train), "sft")
     if config.lora is not None:
@@ -46,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
         return float(len(batch.learnt))
 
     def found() -> dict[str, Any]:
-        return evaluate(engine, held_out.select(range(min(config.eval_rows, len(held_out)))), job.device, config)
+        return evaluate(engine, judged_on, job.device, config)
 
     done = fit(job, config, engine, train, collate, language_tokens, loss_of, weight_of, found, seed)
     metrics = found()

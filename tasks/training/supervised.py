@@ -11,6 +11,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from data_prep.tables import read_table
+from data_prep.trained import unseen
 from tasks.config import ConfigError, TrainConfig
 from tasks.shapes import peak_flops, shape_of, work_of
 from tasks.training import checkpoint
@@ -30,6 +32,12 @@ def steps_of(config: TrainConfig, rows: int, where: str) -> int:
     check_batch(config.batch_size, rows, f"{where}.batch_size")
     steps = config.epochs * (rows // config.batch_size)
     return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def held_out(job: Job, count: int) -> datasets.Dataset:
+    """The first `count` held-out rows of the stage's phase, without those whose prompt its base was trained on."""
+    table = read_table(job.inputs["data"] / f"{job.phase}-eval.arrow")
+    return table.select(unseen(table["group"], [job.inputs["base"]], job.inputs["split"])[:count])
 
 
 def own_share(rows: Rows, tokens_of: Callable[[Mapping[str, Any]], int], budget: int) -> list[Rows]:

@@ -25,7 +25,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from data_prep.tables import table_writer
+from data_prep.splits import EVAL_KEYS, KEYS_SCHEMA
+from data_prep.tables import table_writer, write_table
 from data_prep.tokenise import SCHEMAS
 from data_prep.unsupervised import CHUNK_SCHEMA
 from infra.gpu import GpuInfrastructure
@@ -126,6 +127,7 @@ def write_rows(config: RunConfig, vocabulary: int, folder: Path) -> None:
     """Rows for the steps of each stage, all of them as long as they may be, and the text of PTX."""
     (folder / "rows").mkdir()
     (folder / "split").mkdir()
+    write_table([], folder / "split" / EVAL_KEYS, KEYS_SCHEMA)
     batches = {"sft": config.sft.batch_size, "reward": config.reward.batch_size, "ppo": config.ppo.pool_size}
     batches["judge"] = config.gold.batch_size
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens

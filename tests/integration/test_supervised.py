@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from data_prep.tables import table_writer
+from data_prep.splits import EVAL_KEYS, KEYS_SCHEMA
+from data_prep.tables import table_writer, write_table
 from data_prep.tokenise import SCHEMAS
 from tasks.base import train_tokenizer
 from tasks.config import RewardConfig, SFTConfig
@@ -51,9 +52,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             with table_writer(folder / "data" / f"{kind}-{part}.arrow", SCHEMAS[kind]) as writer:
                 for _ in range(rows):
                     answers = {"answer": ids(12)} if kind == "sft" else {"chosen": ids(12), "rejected": ids(12)}
-                    row = {"prompt": ids(9), **answers, "others": [], "source": "mine", "weight": 1.0}
+                    row = {"prompt": ids(9), **answers, "others": [], "source": "mine", "group": part, "weight": 1.0}
                     writer.append({name: row[name] for name in SCHEMAS[kind].names if name in row})
     (folder / "split").mkdir()
+    write_table([{"group": "eval", "keys": [9]}], folder / "split" / EVAL_KEYS, KEYS_SCHEMA)
     for kind in ("sft", "reward"):
         np.save(folder / "split" / f"{kind}-keys.npy", np.arange(5, dtype=np.uint64))
     return {name: folder / name for name in ("data", "split", "base")}

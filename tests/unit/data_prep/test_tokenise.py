@@ -169,13 +169,13 @@ def test_tables_hold_what_each_phase_trains_on(folder: Folder, tokenizer_dir: Pa
             assert counts["rows_in"] == counts["kept"] + sum(counts["drops"].values())
 
     sft, reward, ppo = (read_table(out / f"{phase}-train.arrow") for phase in ("sft", "reward", "ppo"))
-    assert sft.column_names == ["prompt", "answer", "others", "source"]
+    assert sft.column_names == ["prompt", "answer", "others", "source", "group"]
     assert [tokenizer.decode(ids) for ids in sft["answer"]] == [
         f" fresh soup.{EOS}",
         f" young fox.{EOS}",
         f" pale ink.{EOS}",
     ]
-    assert reward.column_names == ["prompt", "chosen", "rejected", "weight", "source"]
+    assert reward.column_names == ["prompt", "chosen", "rejected", "weight", "source", "group"]
     assert reward["weight"][:2] == [2.0, 1.0]
     assert tokenizer.decode(reward[1]["rejected"]) == f" heavy axe.{EOS}"
     assert ppo.column_names == ["prompt", "messages", "source", "group"]
@@ -188,6 +188,25 @@ def test_tables_hold_what_each_phase_trains_on(folder: Folder, tokenizer_dir: Pa
     tokens = metrics["reward"]["train"]["tokens"]["chosen"]
     assert tokens["sum"] == sum(len(ids) for ids in reward["chosen"])
     assert tokens["max"] == max(len(ids) for ids in reward["chosen"])
+
+
+def test_the_first_held_out_rows_are_of_all_sources_and_stay_the_first(folder: Folder, tokenizer_dir: Path) -> None:
+    names = ("a", "b", "c")
+    rows = [{**pair(f"{name} {n}", "fresh soup.", "pale ink."), "source": name} for name in names for n in range(30)]
+    own, others = [row for row in rows if row["group"] < "c 2"], [row for row in rows if row["group"] >= "c 2"]
+    split_dir = write_split(folder("split"), others)
+    write_table(own, split_dir / "reward-eval.arrow", PAIR_SCHEMA)
+    out = folder("out")
+    tokenise(split_dir, tokenizer_dir, 40, 40, out)
+    first, train = (read_table(out / f"reward-{side}.arrow") for side in ("eval", "train"))
+    assert set(first["source"][:12]) == set(names)
+    assert set(first["group"][: len(own)]) == {row["group"] for row in own}  # its own phase's before others
+    assert train["group"] == [row["group"] for row in others]  # training shuffles by itself
+
+    write_table([row for row in own if row["group"] != "b 7"][::-1], split_dir / "reward-eval.arrow", PAIR_SCHEMA)
+    out = folder("again")
+    tokenise(split_dir, tokenizer_dir, 40, 40, out)
+    assert read_table(out / "reward-eval.arrow")["group"] == [group for group in first["group"] if group != "b 7"]
 
 
 def test_the_limit_counts_eos_and_nothing_is_cut(folder: Folder, tokenizer_dir: Path) -> None:

@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from data_prep import trained
+from data_prep.splits import EVAL_KEYS, KEYS_SCHEMA
+from data_prep.tables import write_table
+from data_prep.tokenise import SCHEMAS
 from tasks.config import ConfigError, RewardConfig, SFTConfig, parse
 from tasks.shapes import peak_flops, shape_of, work_of
 from tasks.training import checkpoint, supervised
@@ -118,6 +123,21 @@ def test_checkpoints_come_by_minutes_too(tmp_path: Path, monkeypatch: pytest.Mon
 def test_keeping_the_best_needs_evaluations() -> None:
     with pytest.raises(ConfigError, match="sft: keep_best needs eval_every"):
         parse({"sft": {"keep_best": True}})
+
+
+def test_a_model_is_not_judged_on_what_its_base_was_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": [n], "chosen": [1], "rejected": [2], "group": f"g{n}"} for n in range(5)]
+    write_table(rows, tmp_path / "reward-eval.arrow", SCHEMAS["reward"])
+    held_out = [{"group": f"g{n}", "keys": [n, 10 + n]} for n in range(5)]
+    write_table(held_out, tmp_path / EVAL_KEYS, KEYS_SCHEMA)
+    inputs = {"data": tmp_path, "split": tmp_path, "base": tmp_path}
+    job = Job("reward", tmp_path, {}, inputs, CPU, lambda *_: None, lambda *_: None, lambda: False)
+    assert supervised.held_out(job, 3)["group"] == ["g0", "g1", "g2"]
+    trained.keep(tmp_path, [], np.array([0, 13], np.uint64))
+    assert supervised.held_out(job, 3)["group"] == ["g1", "g2", "g4"]
+    trained.keep(tmp_path, [], np.arange(5, dtype=np.uint64))
+    with pytest.raises(ValueError, match=r"were trained on every held-out prompt: add rows that are new"):
+        supervised.held_out(job, 3)
 
 
 def test_wilsons_interval_equals_its_published_values() -> None:

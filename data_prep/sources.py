@@ -210,10 +210,15 @@ def download(spec: SourceSpec, hub: str | None, out: Path, commit: str | None = 
         if hub is not None:
             root, revision = mirror_folder(spec.name, Path(hub)), "local"
         else:
-            root, revision = snapshot(spec.name, revision_of(spec), ["data/*.parquet", "*/*/*.parquet"], commit)
+            patterns = [pattern for split in _splits(spec) for pattern in layouts(split)]
+            root, revision = snapshot(spec.name, revision_of(spec), patterns, commit)
         rows = _copy_parquet(spec, root, out) if spec.is_known else _write_other(spec, root, out)
     size = sum(file.stat().st_size for file in out.rglob("*.parquet"))
     return {"rows": rows, "bytes": size, "revision": revision}
+
+
+def _splits(spec: SourceSpec) -> list[str]:
+    return [split for splits in source_of(spec).sides.values() for split in splits]
 
 
 def rows_of(folder: Path) -> int:
@@ -226,10 +231,11 @@ def _write_local(spec: SourceSpec, path: Path, out: Path) -> dict[str, int]:
 
 
 def _write_other(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
-    files = {split: split_files(root, split) for split in ("train", "test")}
+    files = {split: split_files(root, split) for split in _splits(spec)}
     if not files["train"]:
         raise ValueError(
-            f"{spec.name} in {root} has no Parquet files of the split train: complete it, or name another."
+            f"{spec.name} in {root} has no Parquet files of the split train ({', '.join(layouts('train'))}): "
+            "complete it, or name another."
         )
     return {
         split: _write_unified(spec, split, (pq.read_table(file) for file in found), out)
@@ -304,20 +310,27 @@ def _hub_errors(where: str) -> Iterator[None]:
         ) from error
 
 
+def layouts(split: str) -> tuple[str, ...]:
+    """Where a split's Parquet files may be: as on main (train-00000-of-00001.parquet, in data/ or at the root), or as
+    in the hub's conversion (a folder per split)."""
+    return (f"data/{split}-*.parquet", f"{split}-*.parquet", f"*/{split}/*.parquet")
+
+
 def split_files(root: Path, split: str) -> list[Path]:
-    """The split's Parquet files, in the layout of main (train-00000-of-00001.parquet, there or in data/) or of the
-    hub's conversion (a folder per split)."""
-    layouts = (f"data/{split}-*.parquet", f"{split}-*.parquet", f"*/{split}/*.parquet")
-    return next((found for layout in layouts if (found := sorted(root.glob(layout)))), [])
+    """The split's Parquet files, in the first of the `layouts` that has some."""
+    return next((found for layout in layouts(split) if (found := sorted(root.glob(layout)))), [])
 
 
 def _copy_parquet(spec: SourceSpec, root: Path, out: Path) -> dict[str, int]:
     source = source_of(spec)
     rows = {}
-    for split in (split for splits in source.sides.values() for split in splits):
+    for split in _splits(spec):
         files = split_files(root, split)
         if not files:
-            raise ValueError(f"{spec.name} in {root} has no Parquet files of the split {split}: complete the mirror.")
+            raise ValueError(
+                f"{spec.name} in {root} has no Parquet files of the split {split} ({', '.join(layouts(split))}): "
+                "complete the mirror."
+            )
         (out / split).mkdir()
         for number, file in enumerate(files):
             check_columns(spec.name, pq.read_schema(file).names, source.columns)

@@ -88,6 +88,21 @@ def test_a_cut_connection_goes_on_where_it_broke(hub: Hub, tmp_path: Path, files
     assert not any(path.endswith("README.md") for _, path, _ in hub.asked)
 
 
+def test_a_set_with_its_files_at_the_root_and_others_beside_them(hub: Hub, tmp_path: Path) -> None:
+    here = {TRAIN.removeprefix("data/"): parquet(6), TEST.removeprefix("data/"): parquet(2)}
+    hub.commit(NAME, {**here, "validation-00000-of-00001.parquet": parquet(4), "data/notes.parquet": parquet(1)})
+    assert get(hub, tmp_path / "home", tmp_path / "out")["rows"] == {"train": 6, "test": 2}
+    fetched = {path.rpartition("/")[2] for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path}
+    assert fetched == set(here)
+
+
+def test_a_set_in_no_layout_that_is_known(hub: Hub, tmp_path: Path) -> None:
+    hub.commit(NAME, {"pairs.parquet": parquet(6)})
+    missing = get(hub, tmp_path / "home", tmp_path / "out")
+    assert missing["error"] == "ValueError"
+    assert "of the split train (data/train-*.parquet, train-*.parquet, */train/*.parquet)" in missing["text"]
+
+
 def test_a_busy_hub_is_asked_again(hub: Hub, tmp_path: Path, files: dict[str, bytes]) -> None:
     hub.commit(NAME, files)
     hub.too_many[TRAIN] = 2

@@ -162,7 +162,7 @@ def _tokenise_file(
     with table_writer(out, SCHEMAS[phase]) as writer:
         for encoded in mapped(_encode_batch, fresh_batches()):
             for row, (ids, others) in zip(waiting.popleft(), encoded, strict=True):
-                reason = _reason(ids, limits, whole=not row["rejected"])
+                reason = _reason(ids, limits, whole=phase == "sft" and not row["rejected"])
                 if reason:
                     drops[reason] += 1
                     continue
@@ -253,7 +253,7 @@ def _texts(row: dict[str, Any], phase: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _reason(ids: Ids | None, limits: Limits, whole: bool) -> str | None:
-    """whole: the row is an SFT-only conversation."""
+    """whole: SFT learns the row as one conversation."""
     if ids is None:
         return "special_token"
     if whole:

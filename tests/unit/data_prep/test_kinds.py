@@ -207,6 +207,20 @@ def test_every_answer_of_a_conversation_is_learnt_with_its_eos(folder: Folder, t
     assert dropped["sft"]["train"]["drops"] == {"conversation_too_long": 1}
 
 
+def test_a_held_out_conversation_is_a_prompt_only_if_its_prompt_is_short_enough(
+    folder: Folder, tokenizer_dir: Path
+) -> None:
+    talk = {"prompt": TALK[:3], "chosen": TALK[3:], "rejected": [], "weight": 1.0, "source": "s", "group": "g"}
+    pair = {**talk, "prompt": [user("Hi")], "rejected": TALK[1:2]}
+    split_dir = write_split(folder("split"), [talk])
+    for name, rows in (("ppo-train", [pair]), ("ppo-eval", [pair, talk])):
+        write_table(rows, split_dir / f"{name}.arrow", PAIR_SCHEMA)
+    metrics = tokenise(split_dir, tokenizer_dir, 20, 100, folder("out"))
+    assert metrics["sft"]["eval"]["kept"] == 1, "all of it is learnt, and may be as long as prompt and answer"
+    assert metrics["ppo"]["eval"]["kept"] == 1
+    assert metrics["ppo"]["eval"]["drops"] == {"duplicate": 1, "prompt_too_long": 1}
+
+
 @pytest.mark.parametrize("template", [CHATML, THINKING, HUMAN_ASSISTANT_TEMPLATE])
 def test_the_texts_of_a_conversation_in_other_templates(make_tokenizer: Any, template: str) -> None:
     tokenizer = load_tokenizer(make_tokenizer(special=("<|im_end|>",), chat_template=template, eos_token="<|im_end|>"))

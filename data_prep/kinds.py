@@ -10,7 +10,7 @@ et al. 2022, section 3.5, equation 1).  Answers of equal score are no preference
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations
-from math import comb
+from math import comb, isfinite
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -79,6 +79,11 @@ def ranked_pairs(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise ValueError(
             f"The set {name} holds a row of {len(responses)} responses with {len(scores)} scores; it takes two or more "
             "responses and a score for each."
+        )
+    if not all(map(isfinite, scores)):
+        raise ValueError(
+            f"The set {name} holds a row with the scores {scores}: every score has to be a finite number, so leave out "
+            "a response that has none."
         )
     weight = 1 / comb(len(responses), 2)
     for (first, high), (second, low) in combinations(zip(responses, scores, strict=True), 2):

@@ -4,6 +4,7 @@ Text is a string, or a list of messages with role and content; in a CSV file a l
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_LIST = re.compile(r"\s*\[\s*[{\]]")
+_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|content)[\"']")
 
 
 def read_local(path: Path) -> dict[str, pa.Table]:
@@ -77,13 +80,20 @@ def _read_csv(path: Path) -> pa.Table:
             column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False
         ),
     )
-    return pa.table({name: _messages_if_json(table[name]) for name in table.column_names})
+    return pa.table({name: _messages_if_json(name, table[name]) for name in table.column_names})
 
 
-def _messages_if_json(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+def _messages_if_json(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """A column whose cells all are lists of objects, or empty, as lists, null where it is empty; else as it is.
+
+    ValueError where only some of the cells are messages.  (Another list may be a text: an answer in JSON.)
+    """
     texts = column.to_pylist()
-    if texts and all(text.startswith("[{") for text in texts):
-        return pa.array([json.loads(text) for text in texts])
+    filled = [text for text in texts if text.strip()]
+    if filled and all(map(_LIST.match, filled)):
+        return pa.array([json.loads(text) if text.strip() else None for text in texts])
+    if any(map(_MESSAGES.match, filled)):
+        raise ValueError(f"the column {name} holds messages in some cells and plain text in others: write all one way.")
     return column
 
 

@@ -127,6 +127,8 @@ def test_columns_that_tell_too_much_or_too_little(tmp_path: Path) -> None:
     for row, sentence in (
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1]}, "2 responses with 1 scores"),
         ({"prompt": "q", "responses": "a", "scores": [1]}, "responses or scores that are no lists"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1.0, float("nan")]}, r"scores \[1.0, nan\]: .* finite"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": "[1, Infinity]"}, r"scores \[1.0, inf\]: .* finite"),
     ):
         with pytest.raises(ValueError, match=sentence):
             list(ranked_pairs("s", row))

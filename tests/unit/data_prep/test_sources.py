@@ -95,6 +95,27 @@ def test_bad_local_files_get_a_sentence(tmp_path: Path, folder: Folder, name: st
         download(SourceSpec("mine", path=str(tmp_path / name)), None, folder("raw"))
 
 
+def test_an_empty_cell_leaves_a_csv_columns_messages_what_they_are(tmp_path: Path, folder: Folder) -> None:
+    write_local(tmp_path / "mine.csv", [*MESSAGE_ROWS, {**MESSAGE_ROWS[0], "prompt": ""}])
+    spec = SourceSpec("mine", path=str(tmp_path / "mine.csv"))
+    download(spec, None, folder("raw"))
+    assert clean(spec, tmp_path / "raw", folder("clean"))["train"]["drops"] == {"empty": 1}
+    pairs = read_table(tmp_path / "clean" / "train.arrow").select_columns(["prompt", "chosen", "rejected"])
+    assert pairs.to_list() == MESSAGE_ROWS
+
+
+def test_a_csv_column_is_messages_or_text_and_a_text_may_be_json(tmp_path: Path, folder: Folder) -> None:
+    write_local(tmp_path / "mixed.csv", [MESSAGE_ROWS[0], {**MESSAGE_ROWS[0], "prompt": "Name a fruit."}])
+    with pytest.raises(ValueError, match=r"mixed\.csv cannot be read as csv: the column prompt holds messages in some"):
+        download(SourceSpec("mine", path=str(tmp_path / "mixed.csv")), None, folder("raw"))
+    write_local(tmp_path / "text.csv", [TEXT_ROWS[0], {**TEXT_ROWS[0], "chosen": '[{"fruit": "pear"}]'}])
+    spec = SourceSpec("mine", path=str(tmp_path / "text.csv"))
+    download(spec, None, folder("raw2"))
+    clean(spec, tmp_path / "raw2", folder("clean"))
+    chosen = read_table(tmp_path / "clean" / "train.arrow")["chosen"]
+    assert [answer[0]["content"] for answer in chosen] == ["A pear.", '[{"fruit": "pear"}]']
+
+
 def test_a_text_that_is_not_utf8_is_named(tmp_path: Path, folder: Folder) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(ValueError, match=r"a\.jsonl cannot be read as jsonl: .*utf-8"):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep import dedup
 from data_prep.conversation import Message
-from data_prep.keys import messages_digest, prompt_group
+from data_prep.keys import messages_digest, prompt_group, signs
 from data_prep.spread import Mapper
 from data_prep.tables import iter_rows
 
@@ -97,17 +97,20 @@ def grouped(cleaned: Mapping[str, Path], mapped: Mapper = map) -> Grouped:
 def kinds(cleaned: Mapping[str, Path], found: Grouped, mapped: Mapper = map) -> NDArray[np.int64]:
     """[rows, 3] numbers of prompt, chosen and rejected answer; near-duplicates of one prompt share theirs.
 
-    Rows in the order of `rows_of`. Rows alone in their group are not looked into; their answers have number -1.
+    Prompts of one group whose `signs` differ ("What is 7 + 2?", "What is 7 - 2?") are different prompts here.  Rows in
+    the order of `rows_of`. Rows alone in their group are not looked into; their numbers are -1.
     """
+    prompts: dict[tuple[int, str], int] = {}
     answers: dict[tuple[int, bytes], int] = {}
     within: list[int] = []
     rows = []
 
     def new_answers() -> Iterator[str]:
         for _, _, row in rows_of(cleaned, ["prompt", "chosen", "rejected", "group"]):
-            prompt = found.prompts[prompt_group(row["prompt"])]
-            numbers = [prompt, -1, -1]
+            numbers = [-1, -1, -1]
             if found.rows[found.groups.of(row["group"])] > 1:
+                exact = (found.prompts[prompt_group(row["prompt"])], signs(text_of(row["prompt"])))
+                prompt = numbers[0] = prompts.setdefault(exact, len(prompts))
                 for place, side in ((1, "chosen"), (2, "rejected")):
                     key = (prompt, messages_digest(row[side]))
                     numbers[place] = answers.setdefault(key, len(answers))

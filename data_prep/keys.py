@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from data_prep.conversation import Message
 
 _WORD = re.compile(r"\w+")
+_DASHES = str.maketrans("\u2013\u2212", "--")
+_MINUS = re.compile(r"-(?=\s*\d)(?<![^\W\d]-)")  # a hyphen before a number, but not after a letter
+_SIGN = re.compile(r"[^\w\s!\"',.:;?`-]")
+# Of what is not ASCII: marks (a vowel, in some scripts), mathematics, currencies, other symbols (emoji).
+_MEANT = {"Mn", "Mc", "Sm", "Sc", "So"}
 
 
 def digest(*parts: str) -> bytes:
@@ -27,6 +32,15 @@ def fraction(*parts: str) -> float:
 def normalised(text: str) -> str:
     """The words of a text, one space apart, without case, punctuation and Unicode's look-alikes."""
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def signs(text: str) -> str:
+    """The signs of a text that say something and that its words lack, in order: "C++" is not "C", nor 7 + 2 7 - 2.
+
+    A sentence's punctuation, quotes and dashes are none of them.
+    """
+    text = _MINUS.sub("\u2212", unicodedata.normalize("NFKC", text).translate(_DASHES))
+    return "".join(sign for sign in _SIGN.findall(text) if sign.isascii() or unicodedata.category(sign) in _MEANT)
 
 
 def prompt_group(prompt: Sequence[Message]) -> str:

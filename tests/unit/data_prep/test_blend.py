@@ -153,6 +153,16 @@ def test_near_duplicates_and_near_contradictions_go(folder: Folder, sources: Any
     assert metrics["groups"] == 1
 
 
+def test_prompts_that_differ_in_their_signs_are_one_group_but_no_copies(folder: Folder, sources: Any) -> None:
+    rows = [pair("What is 7 + 2?", "9", "5"), pair("What is 7 - 2?", "5", "9")]
+    rows += [pair("What is C?", "x", "y"), pair("What is C++?", "x", "y")]
+    again = [pair("what is 7 - 2 ...", "5!", "9"), pair("“What is C”", "x.", "y")]
+    metrics = blend(sources(a=(rows, []), b=(again, [])), {}, 0, folder("out"))
+    assert prompts(rows_of(folder("again").parent / "out")) == prompts(rows)
+    assert metrics["sources"]["b"]["train"]["drops"] == {"near_duplicate": 2}
+    assert metrics["groups"] == 2
+
+
 def test_a_train_prompt_nearly_that_of_a_test_row_leaks(folder: Folder, sources: Any) -> None:
     nearly = LONG.replace("in a few words ", "")
     cleaned = sources(a=([pair(nearly, "x"), pair("free")], []), b=([], [pair(LONG), pair("its own")]))

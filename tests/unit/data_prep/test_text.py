@@ -1,6 +1,6 @@
 import pytest
 
-from data_prep.keys import fraction, prompt_group
+from data_prep.keys import fraction, prompt_group, signs
 from data_prep.text import citations, html_entities, line_ends, repair
 
 
@@ -41,6 +41,23 @@ def test_groups_are_the_same_for_prompts_that_differ_in_form_only() -> None:
     assert group("How do I  cook rice?") == group("how do I cook RICE") == group("How do I cook ｒｉｃｅ!")
     assert group("How do I cook rice?") != group("How do I cook oats?")
     assert group("a") != prompt_group([{"role": "assistant", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("What is 7 + 2?", "+"),
+        ("What is 7 - 2?", "\u2212"),
+        ("7−2, 7–2, -5", 3 * "\u2212"),  # the minus sign, an en dash
+        ("What is C++ - and C#, in a.b/c_d?", "++#/"),
+        ("f(x) ＝ 10 % of ５＊６ €", "()=%*€"),
+        ("Is this 🙂 or 🙁?", "🙂🙁"),
+        ("कि, की", "िी"),  # vowels
+        ('Well-known covid-19 – a ‘quote’, "it\'s" so… `x`; no: yes! «why»\n- a point', ""),
+    ],
+)
+def test_the_signs_that_say_something(text: str, meant: str) -> None:
+    assert signs(text) == meant
 
 
 def test_fractions_are_even_and_for_ever_the_same() -> None:

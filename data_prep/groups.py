@@ -1,6 +1,10 @@
 """What belongs together across all sources: rows with one prompt, one post, or prompts that are almost the same.
 
-A group is split as a whole, so what is not found here can leak from train to test.
+A group is split as a whole, so what is not found here can leak from train to test.  SFT learns every answer of an
+SFT-only conversation, so the prompts of them all (`keys.inner_groups`; not what is near them) are of its group:
+conversations that begin alike are one group, with the pairs of a prompt that is such a beginning.  Where many begin
+with the same turn ("Hi"), their group is on one side and in one phase however large it is; and if a set holds that
+prompt out, or a pair puts it into another phase, SFT learns none of them.
 """
 
 from collections import Counter
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_prep import dedup
 from data_prep.conversation import Message
-from data_prep.keys import messages_digest, prompt_group, signs
+from data_prep.keys import inner_groups, messages_digest, prompt_group, signs
 from data_prep.spread import Mapper
 from data_prep.tables import iter_rows
 
@@ -71,9 +75,10 @@ def grouped(cleaned: Mapping[str, Path], mapped: Mapper = map) -> Grouped:
     names: dict[str, int] = {}
 
     def new_prompts() -> Iterator[str]:
-        for _, _, row in rows_of(cleaned, ["prompt", "group"]):
+        for _, _, row in rows_of(cleaned, ["prompt", "rejected", "group"]):
             name = prompt_group(row["prompt"])
-            groups.join(row["group"], name)
+            for joined in (name, *([] if row["rejected"] else inner_groups(row["prompt"]))):
+                groups.join(row["group"], joined)
             if name not in names:
                 names[name] = len(names)
                 yield text_of(row["prompt"])

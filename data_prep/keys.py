@@ -45,7 +45,21 @@ def signs(text: str) -> str:
 
 def prompt_group(prompt: Sequence[Message]) -> str:
     """The group of a prompt: the same for all prompts, of whatever source, that are equal after normalising."""
-    return "p-" + digest(*(part for turn in prompt for part in (turn["role"], normalised(turn["content"])))).hex()
+    return _group(_normalised_turns(prompt))
+
+
+def inner_groups(prompt: Sequence[Message]) -> list[str]:
+    """The groups of the prompts within a prompt: of what stands before each of its answers."""
+    parts = _normalised_turns(prompt)
+    return [_group(parts[: 2 * place]) for place, turn in enumerate(prompt) if turn["role"] == "assistant"]
+
+
+def _normalised_turns(prompt: Sequence[Message]) -> list[str]:
+    return [part for turn in prompt for part in (turn["role"], normalised(turn["content"]))]
+
+
+def _group(parts: Sequence[str]) -> str:
+    return "p-" + digest(*parts).hex()
 
 
 def messages_digest(*conversations: Sequence[Message]) -> bytes:

@@ -5,7 +5,8 @@ whether PPO got better or has only learnt to please the first.
 
 A group goes to one phase and one side as a whole: to its home in the split ledger (`data_prep.ledger`), and else by a
 hash of its name, so that the answer does not depend on what else is in the set.  The written files are read again at
-the end: a group in two of them fails the step, and so does a prompt that is the same as, or near, one in another.
+the end: a group in two of them fails the step, and so does a prompt that is the same as, or near, one in another, or
+that SFT learns an answer to in the middle of a conversation.
 """
 
 import math
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from data_prep import dedup
 from data_prep.groups import signatures, text_of
-from data_prep.keys import fraction, prompt_group
+from data_prep.keys import fraction, inner_groups, prompt_group
 from data_prep.ledger import SFT_ONLY, Group, Ledger, keys_of, read_groups
 from data_prep.spread import Mapper
 from data_prep.tables import PAIR_SCHEMA, iter_rows, table_writer
@@ -127,7 +128,8 @@ def check_no_leak(groups: Mapping[tuple[str, str], Iterable[str]]) -> None:
 
 
 def check_no_prompt_leaks(paths: Mapping[tuple[str, str], Path], mapped: Mapper = map) -> None:
-    """RuntimeError that shows a prompt which is the same as, or near, one in another file of {(phase, side): file}.
+    """RuntimeError that shows a prompt which is the same as, or near, one in another file of {(phase, side): file}, or
+    the same as one that a conversation of SFT's train rows answers on its way.
 
     The groups that the rows name play no part: the prompts are read and compared anew.
     """
@@ -148,6 +150,11 @@ def check_no_prompt_leaks(paths: Mapping[tuple[str, str], Path], mapped: Mapper 
     for place, label in enumerate(labels):
         if homes[place] != homes[label]:
             raise _prompt_leak(_text(paths, list(home)[place]), homes[label], homes[place])
+    learnt = ("sft", "train")
+    for row in iter_rows(paths[learnt], ["prompt", "rejected"]):
+        for inner in [] if row["rejected"] else inner_groups(row["prompt"]):
+            if home.get(inner, learnt) != learnt:
+                raise _prompt_leak(_text(paths, inner), learnt, home[inner])
 
 
 def _text(paths: Mapping[tuple[str, str], Path], name: str) -> str:

@@ -39,6 +39,13 @@ def sources(folder: Folder) -> Callable[..., dict[str, Path]]:
     return write
 
 
+def talk(*turns: str) -> Row:
+    """A conversation for SFT alone, of a user's and an assistant's turns."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    group = prompt_group(messages[:-1])
+    return {**pair("", group=group), "prompt": messages[:-1], "chosen": messages[-1:], "rejected": []}
+
+
 def rows_of(out: Path, side: str = "train") -> list[Row]:
     return list(read_table(out / f"{side}.arrow").to_list())
 
@@ -169,3 +176,20 @@ def test_a_train_prompt_nearly_that_of_a_test_row_leaks(folder: Folder, sources:
     metrics = blend(cleaned, {}, 0, folder("out"))
     assert metrics["sources"]["a"]["train"]["drops"] == {"leak": 1}
     assert metrics["leaked_tests"] == 1
+
+
+def test_a_conversation_belongs_to_every_prompt_that_it_answers(folder: Folder, sources: Any) -> None:
+    one, other = talk("Hi", "Yes?", "Name a fruit.", "A pear."), talk("Hi", "Yes?", "Name a tree.", "An oak.")
+    apart = talk("Hello", "Yes?", "Name a fruit.", "A fig.")
+    longer = talk("Well?", "So.", "why", "because", "and then?", "nothing")
+    as_prompt = {**longer, "prompt": longer["prompt"][:3], "rejected": [{"role": "assistant", "content": "no"}]}
+    as_prompt["group"] = prompt_group(as_prompt["prompt"])
+    compared = {**talk("hey", "Yes?", "Name a fish.", "A carp."), "rejected": as_prompt["rejected"]}
+    cleaned = sources(a=([one, other, apart, longer, compared], [pair("hi!"), as_prompt, pair("hey")]))
+    metrics = blend(cleaned, {}, 0, folder("out"))
+    out = folder("again").parent / "out"
+    assert metrics["sources"]["a"]["train"] == {"rows_in": 5, "kept": 2, "drops": {"leak": 3}}
+    assert prompts(rows_of(out)) == ["Hello", "hey"], "of a pair, only the last answer is learnt"
+    merged = {row["name"] for row in read_table(out / "groups.arrow").to_list()}
+    names = {row["group"] for row in (*rows_of(out), *rows_of(out, "test"))} | merged
+    assert {prompt_group(longer["prompt"][:size]) for size in (1, 3, 5)} <= names

@@ -108,6 +108,12 @@ def pair(name: str, group: str | None = None) -> dict[str, Any]:
     }
 
 
+def talk(first: str, second: str) -> dict[str, Any]:
+    """A conversation of two questions, for SFT alone."""
+    said = [{"role": "assistant", "content": "Yes?"}]
+    return {**pair(second), "prompt": [*pair(first)["prompt"], *said, *pair(second)["prompt"]], "rejected": []}
+
+
 @pytest.fixture
 def blended(folder: Folder) -> Callable[..., Path]:
     """A blended set of these train and test rows."""
@@ -186,6 +192,22 @@ def test_a_second_run_on_grown_data(blended: Callable[..., Path], folder: Folder
     split(second, (2, 4, 3, 1), 0.3, 0, folder("forgetful"))
     forgotten = {key for row in iter_rows(tmp_path / "forgetful" / EVAL_KEYS) for key in row["keys"]}
     assert not forgotten.isdisjoint(trained_on(models[:1]).tolist())
+
+
+def test_a_pair_that_comes_after_a_conversation_which_answers_its_prompt_on_its_way(
+    blended: Callable[..., Path], folder: Folder, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger.parquet"
+    old = [pair(f"old {number}") for number in range(100)] + [talk(f"q {n}", f"then {n}") for n in range(100)]
+    one = run(blended("first", old), folder("one"), ledger)
+    learnt = {name for name in one["sft-train"] if name.startswith("q")}
+    assert 50 < len(learnt) < 90
+    two = run(blended("second", old + [pair(f"q {number}") for number in range(100)]), folder("two"), ledger)
+    for name in (f"q {number}" for number in range(100)):
+        (file,) = (file for file, names in two.items() if name in names)
+        assert file == ("sft-train" if name in learnt else "sft-eval"), "the home of the conversation"
+    prompts = {key_of(prompt_group(pair(name)["prompt"])) for name in learnt}
+    assert prompts <= set(np.load(tmp_path / "one" / "sft-keys.npy").tolist()), "a model tells what it was trained on"
 
 
 def test_the_first_run_is_as_if_there_were_no_ledger(blended: Callable[..., Path], folder: Folder) -> None:

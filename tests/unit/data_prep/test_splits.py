@@ -131,3 +131,16 @@ def test_a_near_prompt_in_another_file_fails_whatever_the_groups_say(folder: Fol
         write_table([row("other", 2), near], out / "b.arrow", PAIR_SCHEMA)
         with pytest.raises(RuntimeError, match=r"A prompt leaks: .* is in sft-train and in ppo-eval: 'word0 "):
             check_no_prompt_leaks(paths)
+
+
+def test_a_prompt_that_a_conversation_of_sft_answers_on_its_way_fails_elsewhere(folder: Folder) -> None:
+    out = folder("out")
+    paths = {("sft", "train"): out / "a.arrow", ("ppo", "eval"): out / "b.arrow"}
+    talk = row("talk", 1)
+    talk["prompt"] = [*row("Hi", 0)["prompt"], {"role": "assistant", "content": "Yes?"}, *talk["prompt"]]
+    write_table([row("hi", 0)], out / "b.arrow", PAIR_SCHEMA)
+    write_table([talk], out / "a.arrow", PAIR_SCHEMA)
+    check_no_prompt_leaks(paths)  # of a pair, only the last answer is learnt
+    write_table([{**talk, "rejected": []}], out / "a.arrow", PAIR_SCHEMA)
+    with pytest.raises(RuntimeError, match=r"A prompt leaks: .* is in sft-train and in ppo-eval: 'hi 0'"):
+        check_no_prompt_leaks(paths)

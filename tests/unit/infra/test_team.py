@@ -8,6 +8,9 @@ import configparser
 import json
 import os
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ import yaml
 from prefect.settings import Settings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-INFRA = Path(__file__).parents[3] / "infra"
+ROOT = Path(__file__).parents[3]
+INFRA = ROOT / "infra"
 KUBERNETES = "1.33"
 OTHERS = {"PGPASSWORD", "DO_NOT_TRACK"}
 """Of libpq and of Prefect's analytics, which are no settings of the two servers."""
@@ -71,6 +75,22 @@ def test_files_users_and_databases_that_are_named_are_there(compose: dict[str, A
     addresses = [auth["mlflow"]["database_uri"], *map(str, compose["services"]["mlflow"]["command"])]
     addresses.append(compose["services"]["prefect"]["environment"]["PREFECT_SERVER_DATABASE_CONNECTION_URL"])
     assert set(re.findall(r"@postgres:5432/(\w+)", " ".join(addresses))) == made
+
+
+def test_the_layer_of_the_dependencies_needs_no_code_and_has_them_all(tmp_path: Path) -> None:
+    before, _, after = (INFRA / "Dockerfile").read_text().replace("\\\n", "").partition("COPY . .")
+    copied = re.findall(r"^COPY (.+) \./$", before, re.MULTILINE)[-1].split()
+    for name in copied:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (listing,) = re.findall(r"^RUN python( -c .+) > /tmp/requirements.txt", before, re.MULTILINE)
+    listed = subprocess.run(
+        [f"{sys.executable}{listing}"], shell=True, cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert listed == project["dependencies"] + project["optional-dependencies"]["kubernetes"]
+    assert re.findall("pip install (.+)", before)[-1] == "-c constraints.txt -r /tmp/requirements.txt"
+    assert "constraints.txt" in copied
+    assert re.findall("pip install (.+)", after) == ["--no-deps -e ."]
 
 
 def test_no_secret_stands_in_the_files(compose: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
@@ -140,7 +140,7 @@ def start_runs(made: RunnerDeployment, renew: Callable[[SyncPrefectClient, UUID]
         asyncio.run(runner.start())
 
 
-def serve_supervised(command: list[str], api_url: str, name: str) -> int:
+def serve_supervised(command: list[str], api_url: str) -> int:
     """Run a command that serves a deployment until it ends, and return its exit code.
 
     An exception here, such as that of a Ctrl-C, stops it: a run writes its checkpoint, and no process is left.
@@ -151,22 +151,21 @@ def serve_supervised(command: list[str], api_url: str, name: str) -> int:
         while runner.exit_code is None:
             time.sleep(0.5)
     finally:
+        runs = runner.values_of("PREFECT__FLOW_RUN_ID")  # a deployment of this name may have others, elsewhere
         code = runner.stop()
-        tell_stopped(api_url, name)
+        if runs:
+            tell_stopped(api_url, {UUID(run) for run in runs})
     return code
 
 
-def tell_stopped(api_url: str, name: str) -> None:
+def tell_stopped(api_url: str, runs: Collection[UUID]) -> None:
     """Tell Prefect of the runs that ended with their runner, which had no time to: they have crashed, not run on.
 
     So they are scheduled again, and go on when the deployment is served the next time.
     """
     with temporary_settings({PREFECT_API_URL: api_url}), get_client(sync_client=True) as client:
-        running = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(name={"any_": [name]}),
-            flow_run_filter=FlowRunFilter(state={"type": {"any_": ["RUNNING", "PENDING"]}}),
-        )
-        for run in running:
+        unended = FlowRunFilter(id={"any_": list(runs)}, state={"type": {"any_": ["RUNNING", "PENDING"]}})
+        for run in client.read_flow_runs(flow_run_filter=unended):
             state = State(type=StateType.CRASHED, message="`rlhf serve` was stopped; the run goes on when it is back.")
             client.set_flow_run_state(run.id, state, force=True)
 

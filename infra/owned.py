@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from signal import SIGKILL
 from typing import IO
@@ -60,6 +60,17 @@ class OwnedProcess:
     def pid(self) -> int:
         """The supervisor's pid."""
         return self._supervisor.pid
+
+    def values_of(self, variable: str) -> set[str]:
+        """What an environment variable is in the live processes of the command, where it is set."""
+        mark, name = f"{TOKEN}={self.token}".encode(), f"{variable}=".encode()
+        return {
+            entry.removeprefix(name).decode()
+            for _, environment in _environments()
+            if mark in environment
+            for entry in environment
+            if entry.startswith(name)
+        }
 
     @property
     def stdout(self) -> IO[bytes]:
@@ -118,15 +129,16 @@ class OwnedProcess:
 def processes_with(name: str, value: str) -> list[int]:
     """The pids of the live processes (of this user) that were started with that environment variable."""
     wanted = f"{name}={value}".encode()
-    found = []
+    return [pid for pid, environment in _environments() if wanted in environment]
+
+
+def _environments() -> Iterator[tuple[int, list[bytes]]]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                if wanted in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry))
+                yield int(entry), Path("/proc", entry, "environ").read_bytes().split(b"\0")
             except OSError:
                 continue  # it ended meanwhile, or is another user's
-    return found
 
 
 def kill_processes_with(name: str, value: str) -> None:

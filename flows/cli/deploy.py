@@ -110,7 +110,7 @@ def serve(
             say(f"{title}: {address}", soft_wrap=True)
         _say_notified(request)
         say(f"Serving retrain/{name}{_when(request)}. [dim]Ctrl-C ends it; a run stops at a checkpoint.[/]")
-        code = deployments.serve_supervised(command, api_url, name)
+        code = deployments.serve_supervised(command, api_url)
     raise ValueError(f"Prefect's runner ended with exit code {code}; what it said stands above")
 
 

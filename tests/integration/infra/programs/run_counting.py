@@ -36,7 +36,7 @@ def main(how: str, *arguments: str) -> None:
             counting(folder, json.loads(fields))
     elif how == "serve":
         with local.terminated_in_order():
-            deployments.serve_supervised([sys.executable, __file__, "runner", *arguments], api, arguments[0])
+            deployments.serve_supervised([sys.executable, __file__, "runner", *arguments], api)
     elif how == "runner":
         deployments.start_runs(deployment(*arguments), lambda client, known: renew(client, known, *arguments))
     elif how == "deploy":

@@ -22,6 +22,9 @@ import yaml
 from prefect.settings import Settings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from infra.shipped import SHIPPED
+from tasks.config import load
+
 ROOT = Path(__file__).parents[3]
 INFRA = ROOT / "infra"
 KUBERNETES = "1.33"
@@ -36,6 +39,11 @@ def compose() -> dict[str, Any]:
 
 def names_of(tree: dict[str, Any]) -> set[str]:
     return {name for service in tree["services"].values() for name in service["environment"]}
+
+
+def dockerfile() -> str:
+    """With every command on one line."""
+    return (INFRA / "Dockerfile").read_text().replace("\\\n", "")
 
 
 def test_compose_keeps_its_schema(compose: dict[str, Any]) -> None:
@@ -78,7 +86,7 @@ def test_files_users_and_databases_that_are_named_are_there(compose: dict[str, A
 
 
 def test_the_layer_of_the_dependencies_needs_no_code_and_has_them_all(tmp_path: Path) -> None:
-    before, _, after = (INFRA / "Dockerfile").read_text().replace("\\\n", "").partition("COPY . .")
+    before, _, after = dockerfile().partition("COPY . .")
     copied = re.findall(r"^COPY (.+) \./$", before, re.MULTILINE)[-1].split()
     for name in copied:
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -119,6 +127,7 @@ def test_a_run_s_job_has_its_gpus_shared_memory_and_the_workspace() -> None:
     for misplaced in ("completions", "parallelism"):  # Prefect insists on them here; Kubernetes drops what it knows not
         del pod[misplaced]
     kubernetes_validate.validate(job, KUBERNETES, strict=True)
+    assert pod["securityContext"]["fsGroup"] == user_of_the_image()
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -128,3 +137,28 @@ def test_a_run_s_job_has_its_gpus_shared_memory_and_the_workspace() -> None:
     assert volumes["workspace"]["persistentVolumeClaim"] == {"claimName": "rlhf-workspace"}
     claims = [m for m in yaml.safe_load_all((INFRA / "kubernetes" / "worker.yaml").read_text()) if "Claim" in m["kind"]]
     assert [claim["metadata"]["name"] for claim in claims] == ["rlhf-workspace"]
+
+
+def user_of_the_image() -> int:
+    (number,) = re.findall(r"useradd --uid (\d+) --user-group .* rlhf && mkdir /workspace", dockerfile())
+    return int(number)
+
+
+def test_who_runs_the_image_may_write_to_the_claim() -> None:
+    manifests = yaml.safe_load_all((INFRA / "kubernetes" / "worker.yaml").read_text())
+    template = json.loads((INFRA / "kubernetes" / "base-job-template.json").read_text())
+    (worker,) = [manifest for manifest in manifests if manifest["kind"] == "Deployment"]
+    for owner in (worker, template["job_configuration"]["job_manifest"]):
+        security = owner["spec"]["template"]["spec"]["securityContext"]
+        assert {security[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {user_of_the_image()}
+
+
+def test_the_commands_for_kubernetes_run_what_they_deploy_on_the_gpus_of_its_job() -> None:
+    commands = (INFRA / "README.md").read_text().partition("## With Kubernetes")[2].split("```")[1]
+    (config, options) = re.findall(r"rlhf deploy /opt/rlhf-flows/(\S+) (.+)", commands)[0]
+    name, pool = re.fullmatch(r"--name (\S+) --pool (\S+)", options).groups()
+    assert re.findall(r"deployment run (\S+)", commands) == [f"retrain/{name}"]
+    assert re.findall(r"work-pool create (\S+)", commands) == [pool]
+    template = json.loads((INFRA / "kubernetes" / "base-job-template.json").read_text())
+    block = SHIPPED[load(ROOT / config).infrastructure]
+    assert block["gpus_per_node"] == template["variables"]["properties"]["gpus"]["default"]

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 from infra.machine import free_port
 from infra.owned import OwnedProcess
@@ -31,7 +32,8 @@ WITHOUT_BLOCKS = {
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",  # the memory of it loads every integration, to compare
 }
 STOP_SECONDS = 5.0  # open browser tabs hold connections, for which a server would wait longer
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy for the internet cannot reach 127.0.0.1
+OF_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy for the internet cannot reach these
 
 
 class Server:
@@ -169,9 +171,11 @@ def running_prefect_server(state_dir: Path) -> str | None:
 
 
 def healthy(url: str) -> bool:
-    """Whether a server answers there with success."""
+    """Whether a server answers there with success, asked by the environment's proxy unless it is on this machine."""
+    own = urlsplit(url).hostname in OF_THIS_MACHINE
+    opener = LOCAL if own else urllib.request.build_opener()
     try:
-        with LOCAL.open(url, timeout=5) as answer:
+        with opener.open(url, timeout=5) as answer:
             return answer.status == 200
     except OSError:  # URLError is one
         return False

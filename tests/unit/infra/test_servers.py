@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from infra.machine import free_port
-from infra.servers import STATE_FILE, Server, running_prefect_server, start_time
+from infra.servers import STATE_FILE, Server, healthy, running_prefect_server, start_time
 
 
 @pytest.fixture
@@ -76,3 +78,40 @@ def test_only_the_block_loads_prefect(module: str) -> None:
         check=True,
     ).stdout.split()
     assert not {"prefect", "torch", "mlflow", "pydantic"} & set(loaded)
+
+
+@pytest.fixture
+def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What an HTTP proxy, that of the environment, was asked for; it answers for every server."""
+    asked: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("HTTP_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        yield asked
+        proxy.shutdown()
+
+
+def test_a_server_elsewhere_is_asked_by_the_proxy_of_the_environment(
+    proxied: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    assert healthy("http://mlflow.invalid/health")
+    assert healthy(f"http://127.0.0.2:{port}/health")
+    assert proxied == ["http://mlflow.invalid/health", f"http://127.0.0.2:{port}/health"]
+    assert not healthy(f"http://127.0.0.1:{port}/health")
+    assert not healthy(f"http://localhost:{port}/health")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.2")
+    assert not healthy(f"http://127.0.0.2:{port}/health")
+    assert len(proxied) == 2

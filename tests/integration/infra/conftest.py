@@ -15,7 +15,6 @@ import pytest
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parents[3]
-GRACE = 1.5  # seconds; a checkpoint of the sleeping rank takes 0.5
 TOKEN = "RLHF_TEST_TOKEN"
 
 
@@ -24,7 +23,9 @@ class Cell:
 
     def __init__(self, folder: Path, processes: int, mode: str, fork: str = "", **launch: Any) -> None:
         self.folder, self.processes, self.token = folder, processes, uuid.uuid4().hex
-        fields = {"processes": processes, "grace_seconds": GRACE} | launch
+        # A checkpoint takes 0.5 s, the rest is for a busy machine; those that do not heed SIGTERM use their grace up.
+        fields = {"processes": processes, "grace_seconds": 5.0 if mode == "graceful" else 1.5} | launch
+        self.grace: float = fields["grace_seconds"]
         folder.mkdir(exist_ok=True)
         self.owner = subprocess.Popen(
             [sys.executable, PROGRAMS / "owner.py", folder, mode, json.dumps(fields), fork],

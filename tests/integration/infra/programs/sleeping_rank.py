@@ -27,6 +27,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # A child in a session of its own, which inherits the ignored SIGTERM.
         subprocess.Popen(["sleep", "300"], start_new_session=True)
+        signal.signal(signal.SIGTERM, lambda number, frame: (FOLDER / f"told.{RANK}").touch())
     print(f"rank {RANK} is ready")
     (FOLDER / f"ready.{RANK}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if MODE == "done":

@@ -17,12 +17,13 @@ from tasks.training.types import Packed
 def own_rows(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """This rank's rows, each a list of sample indices; every rank gets equally many, of about equal lengths.
 
-    All ranks call it with the same sizes, at least one sample per rank, and share all samples between them. Under
-    ZeRO-3 each forward pass gathers parameters from all ranks, so none may make one more than the others.
+    All ranks call it with the same sizes and share all samples between them. Under ZeRO-3 each forward pass gathers
+    parameters from all ranks, so none may make one more than the others. Where samples that each have a row of their
+    own cannot be shared equally, the last rows are empty; a multiple of the number of ranks has none.
     """
     rows = best_fit(sizes, budget)
     while len(rows) % world_size():
-        halved = max((row for row in rows if len(row) > 1), key=lambda row: sum(sizes[sample] for sample in row))
+        halved = max(rows, key=lambda row: (len(row) > 1, sum(sizes[sample] for sample in row)))
         rows.remove(halved)
         rows += [halved[::2], halved[1::2]]
     rows.sort(key=lambda row: sum(sizes[sample] for sample in row), reverse=True)

@@ -28,7 +28,7 @@ from tasks.training.lora import add_adapters
 from tasks.training.losses import pairwise_loss
 from tasks.training.models import SCORE_MEAN, freeze_first, keep_first, load_scalar
 from tasks.training.ranks import gather_rows, world_size
-from tasks.training.supervised import fit, held_out, own_share, steps_of
+from tasks.training.supervised import eval_share, fit, held_out, steps_of
 from tasks.training.types import Engine, PairBatch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -86,9 +86,10 @@ def evaluate(engine: Engine, table: datasets.Dataset, collate: Any, config: Rewa
     """Loss, accuracy with ties as half, calibration, and the accuracy of preferring the longer answer."""
     engine.module.eval()
     results = []
-    for part in own_share(table.to_list(), pair_tokens, config.micro_batch_tokens):
+    for part, counts in eval_share(table.to_list(), pair_tokens, config.micro_batch_tokens):
         chosen, rejected = scores(engine, collate(part))
-        results += [_result(row, float(c), float(r)) for row, c, r in zip(part, chosen, rejected, strict=True)]
+        if counts:
+            results += [_result(row, float(c), float(r)) for row, c, r in zip(part, chosen, rejected, strict=True)]
     engine.module.train()
     return _summary(gather_rows(results))
 

@@ -20,7 +20,7 @@ from tasks.training.job import Job
 from tasks.training.lora import add_adapters
 from tasks.training.models import load_policy
 from tasks.training.ranks import gather_rows
-from tasks.training.supervised import fit, held_out, own_share, steps_of
+from tasks.training.supervised import eval_share, fit, held_out, steps_of
 from tasks.training.types import Engine, LanguageBatch
 
 
@@ -60,12 +60,13 @@ def evaluate(engine: Engine, table: datasets.Dataset, device: torch.device, conf
     """Loss in nats per answer token and perplexity over held-out rows, whole and per source."""
     engine.module.eval()
     sums = []
-    for part in own_share(table.to_list(), language_tokens, config.micro_batch_tokens):
+    for part, counts in eval_share(table.to_list(), language_tokens, config.micro_batch_tokens):
         batch = language_batch(part, device)
         logprobs = engine(batch.row, batch.learnt).logprobs.split([len(learnt_places(row)) for row in part])
         sums += [
             {"source": row["source"], "nll": -float(answer.sum()), "tokens": len(answer)}
             for row, answer in zip(part, logprobs, strict=True)
+            if counts
         ]
     engine.module.train()
     return _summary(gather_rows(sums))

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,15 @@ def held_out(job: Job, count: int) -> datasets.Dataset:
 def own_share(rows: Rows, tokens_of: Callable[[Mapping[str, Any]], int], budget: int) -> list[Rows]:
     """This rank's rows, in micro-batches of at most `budget` tokens; every rank has equally many of these."""
     return [[rows[index] for index in part] for part in own_rows([tokens_of(row) for row in rows], budget)]
+
+
+def eval_share(rows: Rows, tokens_of: Callable[[Mapping[str, Any]], int], budget: int) -> Iterator[tuple[Rows, bool]]:
+    """As `own_share`, of any number of rows, and whether a micro-batch counts.
+
+    A rank that has none left passes a row of another's through the network beside the others', and drops the result.
+    """
+    for part in own_share(rows, tokens_of, budget):
+        yield part or rows[:1], bool(part)
 
 
 class Course(NamedTuple):

@@ -61,11 +61,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("data", "split", "base")}
 
 
-def start(kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int) -> Ranks:
+def start(kind: str, directory: Path, inputs: dict[str, Path], processes: int, zero: int, **changes: Any) -> Ranks:
     """The ranks of a stage in `directory`, which may hold a checkpoint."""
     section = {"sft": SFTConfig, "reward": RewardConfig}[kind]
     more = {"layers": 2, "frozen_layers": 1, "head_learning_rate": 0.05} if kind == "reward" else {}
-    config = section(**CONFIG, **more, engine={"precision": "fp32", "zero_stage": zero})
+    config = section(**CONFIG | more | changes, engine={"precision": "fp32", "zero_stage": zero})
     return start_stage(kind, directory, {kind: config.model_dump(mode="json"), "seed": 3}, inputs, processes)
 
 
@@ -111,3 +111,16 @@ def test_another_number_of_ranks_is_refused_with_the_reason(tmp_path: Path, inpu
     finish(start("sft", tmp_path, inputs, 2, 2), code=2)
     outcome = json.loads((tmp_path / "records" / "outcome.json").read_text())
     assert "was written by 1 processes, this run has 2" in outcome["message"]
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_held_out_rows_that_two_ranks_cannot_share_count_once(
+    tmp_path: Path, inputs: dict[str, Path], kind: str
+) -> None:
+    reports = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        finish(start(kind, folder, inputs, processes, 3, max_steps=1, keep_best=False, micro_batch_tokens=1))
+        reports.append(json.loads((folder / "records" / "report.json").read_text()))
+    assert [report["eval_rows" if kind == "sft" else "eval_pairs"] for report in reports] == [9, 9]
+    assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-4)

@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tasks.training import attention
+from tasks.training import attention, packing
 from tasks.training import logprobs as logprobs_module
 from tasks.training.attention import FAMILIES, use_packed
 from tasks.training.attention_cudnn import dense_attention
@@ -24,7 +24,7 @@ from tasks.training.batches import language_batch, left_padded, pair_batch
 from tasks.training.decoder import UnsupportedError, decoder_of
 from tasks.training.logprobs import scores_from_hidden, token_entropy, token_logprobs
 from tasks.training.models import Policy, ScalarModel
-from tasks.training.packing import best_fit, in_few_shapes, packed
+from tasks.training.packing import best_fit, in_few_shapes, own_rows, packed
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -270,6 +270,24 @@ def _fewest_rows(sizes: list[int], budget: int) -> int:
 
 def test_best_fit_takes_the_fullest_row_that_fits():
     assert best_fit([4, 9, 5, 1, 6, 2], 10) == [[1, 3], [4, 0], [2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "ranks", "unused"),
+    [([600] * 9, 1000, 2, 1), ([600], 1000, 2, 1), ([500] * 13, 900, 8, 3), ([500] * 13, 1000, 8, 0), ([], 1000, 2, 0)],
+)
+def test_every_rank_has_as_many_rows_whatever_the_number_of_samples(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], budget: int, ranks: int, unused: int
+) -> None:
+    monkeypatch.setattr(packing, "world_size", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(packing, "rank", lambda rank=rank: rank)
+        shares.append(own_rows(sizes, budget))
+    assert len({len(share) for share in shares}) == 1
+    rows = [row for share in shares for row in share]
+    assert sorted(sample for row in rows for sample in row) == list(range(len(sizes)))
+    assert rows.count([]) == unused
 
 
 @pytest.fixture

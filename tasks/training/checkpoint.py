@@ -1,7 +1,7 @@
 """Checkpoints from which a run goes on as if it had not stopped.
 
     checkpoints/step-00000120/   <engine>/... as DeepSpeed writes it, rank-<n>.pt with each rank's random and loop state
-    checkpoints/step-00000120/whole.json   its step, its world size, the digest of every file: written last
+    checkpoints/step-00000120/whole.json   its step and the best one, its world size, every file's digest: written last
     checkpoints/latest.json      the newest one
 
 DeepSpeed saves no random state and gives rank 0's client state to every rank under ZeRO-2, so each rank writes its own
@@ -34,7 +34,14 @@ WHOLE = "whole.json"
 LOG = logging.getLogger(__name__)
 
 
-def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[str, Any], keep: int = 1) -> None:
+def save(
+    folder: Path,
+    step: int,
+    engines: Mapping[str, Engine],
+    state: Mapping[str, Any],
+    keep: int = 1,
+    best: int | None = None,
+) -> None:
     """Write the checkpoint of a step and drop all but the last ones. All ranks call it.
 
     Args:
@@ -42,10 +49,11 @@ def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[
         engines: name -> engine.
         state: what this rank's loop needs besides the engines, picklable.
         keep: so many whole checkpoints stay, this one among them.
+        best: the step whose checkpoint stays as long as this one does; None: none.
     """
     began = time.perf_counter()
     torch.serialization.set_crc32_options(False)  # about a second for 4 GB, and the digests tell more
-    target = folder / f"step-{step:08d}"
+    target = _of_step(folder, step)
     if rank() == 0:
         _drop(target)  # of a try that died in the midst of it
         target.mkdir(parents=True)
@@ -55,9 +63,10 @@ def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[
     torch.save({"state": dict(state), "random": _random_state()}, target / f"rank-{rank()}.pt")
     barrier()
     if rank() == 0:
-        _seal(step, target)
+        _seal(step, target, best)
         _write(folder / LATEST, {"step": step})
         kept = _whole(folder, step)[:keep]
+        kept += [_of_step(folder, sealed["best"]) for sealed in map(_sealed, kept) if sealed["best"]]
         for old in folder.glob("step-*"):
             if old not in kept:
                 _drop(old)
@@ -65,16 +74,18 @@ def save(folder: Path, step: int, engines: Mapping[str, Engine], state: Mapping[
     LOG.info("checkpoint of step %d written in %.1f s", step, time.perf_counter() - began)
 
 
-def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, Any]] | None:
-    """Continue the engines and random states from the newest checkpoint that is undamaged.
+def load(folder: Path, engines: Mapping[str, Engine], step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+    """Continue the engines and random states from the newest checkpoint that is undamaged, or from that of a step.
 
     Returns: its step and this rank's state, or None where there is no checkpoint. Raises ValueError where all are
-    damaged, and for one of another number of ranks.
+    damaged, or that of the step is, and for one of another number of ranks.
     """
     if not (folder / LATEST).exists():
         return None
     for target in _whole(folder, json.loads((folder / LATEST).read_text())["step"]):
-        sealed = json.loads((target / WHOLE).read_text())
+        if step is not None and target != _of_step(folder, step):
+            continue
+        sealed = _sealed(target)
         if sealed["world_size"] != world_size():
             raise ValueError(
                 f"the checkpoint at step {sealed['step']} was written by {sealed['world_size']} processes, this run "
@@ -83,7 +94,7 @@ def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, An
         damaged = [name for name, digest in sealed["files"].items() if not _has_digest(target / name, digest)]
         barrier()  # all ranks have looked
         if not damaged:
-            if rank() == 0:
+            if rank() == 0 and step is None:
                 _write(folder / LATEST, {"step": sealed["step"]})
             for name, engine in engines.items():
                 engine.load(target / name)
@@ -101,7 +112,17 @@ def load(folder: Path, engines: Mapping[str, Engine]) -> tuple[int, dict[str, An
 def _whole(folder: Path, newest: int) -> list[Path]:
     """The whole checkpoints up to a step, the newest first."""
     found = sorted((path.parent for path in folder.glob(f"step-*/{WHOLE}")), reverse=True)
-    return [path for path in found if path.name <= f"step-{newest:08d}"]
+    return [path for path in found if path <= _of_step(folder, newest)]
+
+
+def _of_step(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _sealed(target: Path) -> dict[str, Any]:
+    """What the seal of a whole checkpoint says."""
+    sealed: dict[str, Any] = json.loads((target / WHOLE).read_text())
+    return sealed
 
 
 def _drop(target: Path) -> None:
@@ -110,12 +131,12 @@ def _drop(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
 
 
-def _seal(step: int, target: Path) -> None:
+def _seal(step: int, target: Path, best: int | None) -> None:
     files = sorted(path for path in target.rglob("*") if path.is_file())
     names = [path.relative_to(target).as_posix() for path in files]
     with ThreadPoolExecutor() as side_by_side:  # gigabytes, and hashing leaves other threads the interpreter
         digests = dict(zip(names, side_by_side.map(_digest_on_disk, files), strict=True))
-    _write(target / WHOLE, {"step": step, "world_size": world_size(), "files": digests})
+    _write(target / WHOLE, {"step": step, "world_size": world_size(), "best": best, "files": digests})
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

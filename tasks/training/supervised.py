@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -103,39 +102,33 @@ def fit(
         if config.eval_every is not None and (step % config.eval_every == 0 or step == steps):
             found = evaluate()
             metrics |= {f"{job.stage}/eval_{name}": v for name, v in found.items() if isinstance(v, float)}
-            course = _after(job, config, engine, course, step, found["loss"])
+            course = _after(course, step, found["loss"])
         job.log(step, metrics)
         job.progress(step, steps, {"loss": metrics[f"{job.stage}/loss"]})
         stop = any_rank(job.should_stop(), job.device)
         late = config.checkpoint_minutes is not None and time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-        due = step % config.checkpoint_every == 0 or any_rank(late, job.device)
+        best = course.best_step if config.keep_best else None
+        due = step % config.checkpoint_every == 0 or step == best or any_rank(late, job.device)
         if stop or (due and step < steps):
             state = {"course": tuple(course)}
-            checkpoint.save(job.checkpoints, step, {"model": engine}, state, config.keep_checkpoints)
+            checkpoint.save(job.checkpoints, step, {"model": engine}, state, config.keep_checkpoints, best)
             saved_at = time.monotonic()
         if stop:
             raise Stopped(step)
-    if config.keep_best and course.best_step != step:
-        checkpoint.load(_best(job), {"model": engine})
+    best = course.best_step or step  # the last one where no held-out loss was a number
+    if config.keep_best and best != step:
+        checkpoint.load(job.checkpoints, {"model": engine}, best)
     LOG.info("%s: trained", job.stage)
-    return {"steps": step} | ({"best_step": course.best_step} if config.keep_best else {})
+    return {"steps": step} | ({"best_step": best} if config.keep_best else {})
 
 
 def _is_over(config: TrainConfig, course: Course) -> bool:
     return config.patience is not None and course.worse >= config.patience
 
 
-def _after(job: Job, config: TrainConfig, engine: Engine, course: Course, step: int, loss: float) -> Course:
-    """The course after an evaluation; the weights of the best one are kept if they are asked for."""
-    if loss >= course.best_loss:
-        return course._replace(worse=course.worse + 1)
-    if config.keep_best:
-        checkpoint.save(_best(job), step, {"model": engine}, {})
-    return Course(loss, step, 0)
-
-
-def _best(job: Job) -> Path:
-    return job.checkpoints / "best"
+def _after(course: Course, step: int, loss: float) -> Course:
+    """The course after an evaluation. A loss that is no number is no better than any."""
+    return Course(loss, step, 0) if loss < course.best_loss else course._replace(worse=course.worse + 1)
 
 
 def speed(job: Job, engine: Engine, lengths: Sequence[int], took: float) -> dict[str, float]:

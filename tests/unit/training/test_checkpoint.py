@@ -65,6 +65,22 @@ def test_a_damaged_one_gives_way_to_the_one_before_it(tmp_path: Path, capsys: py
     assert (steps_in(tmp_path), loaded(tmp_path)) == ([2, 4], (4, 4, 4))
 
 
+def test_the_best_one_stays_as_long_as_one_that_names_it(tmp_path: Path) -> None:
+    engine: Any = Number()
+    for step, best in [(2, 2), (4, 2), (6, 6), (8, 6), (10, 6)]:
+        engine.value = step
+        checkpoint.save(tmp_path, step, {"model": engine}, {"seen": step}, keep=2, best=best)
+        if step == 6:
+            assert steps_in(tmp_path) == [2, 4, 6]
+    assert steps_in(tmp_path) == [6, 8, 10]
+    checkpoint.load(tmp_path, {"model": engine}, 6)
+    assert engine.value == 6
+    assert loaded(tmp_path) == (10, 10, 10)
+    (tmp_path / "step-00000006" / "model" / "value.pt").unlink()
+    with pytest.raises(ValueError, match="is undamaged; start the stage afresh with --force"):
+        checkpoint.load(tmp_path, {"model": engine}, 6)
+
+
 def test_where_all_are_damaged_the_stage_starts_afresh_by_hand(tmp_path: Path) -> None:
     saved(tmp_path, [2], keep=2)
     (tmp_path / "step-00000002" / "rank-0.pt").unlink()

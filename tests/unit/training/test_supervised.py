@@ -53,9 +53,16 @@ class CountingEngine:
         self.module.load_state_dict(torch.load(folder / "weights.pt"))
 
 
-def fit(tmp_path: Path, losses: list[float], stop_at: int | None = None, **config: Any) -> tuple[Any, dict, list[dict]]:
+def fit(
+    tmp_path: Path, losses: list[float], stop_at: int | None = None, killed_at: int | None = None, **config: Any
+) -> tuple[Any, dict, list[dict]]:
     """Eight steps whose evaluations find these losses -> engine, result and metrics."""
     engine, rows = CountingEngine(), []
+
+    def progress(step: int, *others: Any) -> None:
+        if step == killed_at:
+            raise KeyboardInterrupt
+
     job = Job(
         stage="sft",
         directory=tmp_path,
@@ -63,7 +70,7 @@ def fit(tmp_path: Path, losses: list[float], stop_at: int | None = None, **confi
         inputs={},
         device=CPU,
         log=lambda step, metrics: rows.append({"step": step, **metrics}),
-        progress=lambda *arguments: None,
+        progress=progress,
         should_stop=lambda: stop_at is not None and int(engine.module.steps) == stop_at,
     )
     settings = SFTConfig(batch_size=1, **config)
@@ -75,7 +82,7 @@ def fit(tmp_path: Path, losses: list[float], stop_at: int | None = None, **confi
         return 1.0
 
     def evaluate() -> dict[str, float]:
-        return {"loss": losses[int(engine.module.steps) - 1]}
+        return {"loss": float(losses[int(engine.module.steps) - 1])}
 
     result = supervised.fit(
         job, settings, engine, ROWS, lambda part: part, lambda row: row["tokens"], zero, one, evaluate, 0
@@ -85,7 +92,7 @@ def fit(tmp_path: Path, losses: list[float], stop_at: int | None = None, **confi
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     engine, result, rows = fit(tmp_path, [8, 7, 6, 5, 4, 3, 2, 1], eval_every=3)
-    assert [row["step"] for row in rows if "sft/eval_loss" in row or row["step"] in (3, 6, 8)] == [3, 6, 8]
+    assert {row["step"]: row["sft/eval_loss"] for row in rows if "sft/eval_loss" in row} == {3: 6.0, 6: 3.0, 8: 1.0}
     assert result == {"steps": 8}
     assert int(engine.module.steps) == 8
 
@@ -109,6 +116,36 @@ def test_best_and_patience_outlive_a_stop(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [4, 5]
     assert result == {"steps": 5, "best_step": 2}
     assert int(engine.module.steps) == 2
+
+
+@pytest.mark.parametrize("killed_at", [4, 5, 7])
+def test_a_run_that_goes_on_otherwise_keeps_the_weights_that_it_reports(tmp_path: Path, killed_at: int) -> None:
+    how: dict[str, Any] = {"eval_every": 1, "keep_best": True, "checkpoint_every": 3, "keep_checkpoints": 1}
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, [8, 7, 9, 5, 9, 9, 9, 9], killed_at=killed_at, **how)
+    engine, result, _ = fit(tmp_path, [9] * 8, **how)
+    assert result["best_step"] == (2 if killed_at == 4 else 4)
+    assert int(engine.module.steps) == result["best_step"]
+
+
+def test_the_best_of_an_older_checkpoint_is_there_where_the_newest_is_damaged(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"eval_every": 1, "keep_best": True, "checkpoint_every": 3, "keep_checkpoints": 2}
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, [8, 7, 9, 9, 5, 9, 9, 9], killed_at=6, **how)
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").glob("step-*")) == ["2", "3", "5"]
+    (tmp_path / "checkpoints" / "step-00000005" / "rank-0.pt").unlink()
+    engine, result, _ = fit(tmp_path, [9] * 8, **how)
+    assert (result["best_step"], int(engine.module.steps)) == (2, 2)
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    nan = math.nan
+    engine, result, _ = fit(tmp_path / "a", [nan, 2, nan, nan, 3, 3, 3, 3], eval_every=1, keep_best=True, patience=3)
+    assert result == {"steps": 5, "best_step": 2}
+    assert int(engine.module.steps) == 2
+    engine, result, _ = fit(tmp_path / "b", [nan] * 8, eval_every=1, keep_best=True)
+    assert result == {"steps": 8, "best_step": 8}
+    assert int(engine.module.steps) == 8
 
 
 def test_checkpoints_come_by_minutes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,17 +170,21 @@ def settings(
     for adapter, checkpointing, stage, offload in product(adapters, (False, True), stages, (False, True)):
         if offload and stage == 0:
             continue
-        kept: dict[str, Any] = {
-            "gradient_checkpointing": checkpointing,
-            "zero_stage": stage,
-            "offload_optimizer": offload,
-        }
-        changed = engine.model_copy(
-            update=kept | {"offload_parameters": engine.offload_parameters and stage == 3 and offload}
-        )
+        changed = _changed(engine, checkpointing, stage, offload)
         memory = trained(shape, changed, adapter, load, gpus)
         found.append(Setting(changed, adapter, memory, seconds(shape, changed, adapter, load, gpu)))
     return sorted(found, key=lambda s: (s.lora is not None and lora is None, s.seconds, s.engine.zero_stage))
+
+
+def _changed(engine: EngineConfig, checkpointing: bool, stage: int, offload: bool) -> EngineConfig:
+    """The engine with what `settings` tries; parameters stay offloaded where they may."""
+    changes: dict[str, Any] = {
+        "gradient_checkpointing": checkpointing,
+        "zero_stage": stage,
+        "offload_optimizer": offload,
+        "offload_parameters": engine.offload_parameters and stage == 3 and offload,
+    }
+    return engine.model_copy(update=changes)
 
 
 def cheapest(options: list[Setting], room: float) -> Setting | None:
@@ -220,9 +224,10 @@ def scalar_shape(config: RewardConfig, base: Shape) -> Shape:
 def of_ppo(
     config: PPOConfig, policy: Shape, critic: Shape, prompt: int, answer: int, gpus: int, gpu: Gpu
 ) -> list[Setting]:
-    """The settings of PPO, policy and critic changed alike: all four networks and a rollout's cache in memory.
+    """The settings of PPO: the configured one, and others with policy and critic changed alike.
 
-    The time is that of a pool: sampling, scoring and the optimizer steps on it. `prompt` and `answer` are limits.
+    All four networks and a rollout's cache are in memory. The time is that of a pool: sampling, scoring and the
+    optimizer steps on it. `prompt` and `answer` are limits.
     """
     longest = prompt + answer
     total = max(config.batch_size * longest // gpus, 1)
@@ -230,15 +235,31 @@ def of_ppo(
     own = settings(policy, config.policy_engine, config.policy_lora, load, gpus, gpu)
     rows = max(config.rollout_batch_size // gpus, 1)
     per_token = 2 * _width(config.policy_engine) * policy.layers * policy.key
-    cache = Memory(cache=per_token * rows * longest)
-    # Sampling reads all weights and, on the mean, half of the answers' cache for every token: two thirds of the bound.
-    read = _width(config.policy_engine) * policy.parameters + per_token * rows * (prompt + answer / 2)
-    sampling = answer * read / (gpu.bandwidth * 0.6)
     # Four networks read every sequence once.
     scoring = rows * longest * 4 * (policy.linear + critic.linear) / (gpu.flops * 0.5)
-    pool = config.generation_batches * (sampling + scoring)
     passes = config.pool_size // config.batch_size * config.epochs
-    return [_with_the_others(option, config, policy, critic, load, cache, pool, passes, gpus, gpu) for option in own]
+    found = []
+    for option in own:
+        in_slots = _samples_in_slots(config, option.engine)
+        at_once = config.rollout.slots_for(rows) if in_slots else rows
+        # Every token reads all weights, for all answers at a time, and, on the mean, half of its answer's cache: two
+        # thirds of the bound.
+        weights = rows / at_once * _width(config.policy_engine) * policy.parameters
+        read = weights + per_token * rows * (prompt + answer / 2)
+        sampling = answer * read / (gpu.bandwidth * 0.6)
+        memory, step = _with_the_others(
+            option, config, policy, critic, load, per_token * at_once * longest, in_slots, gpus, gpu
+        )
+        time = config.generation_batches * (sampling + scoring) + passes * step
+        found.append(Setting(option.engine, option.lora, memory, time))
+    return found
+
+
+def _samples_in_slots(config: PPOConfig, engine: EngineConfig) -> bool:
+    """Whether a policy so held samples in slots, if its family can; else the plain loop samples all rows at once."""
+    truncated = config.sampling.top_k or config.sampling.top_p < 1
+    in_parts = engine.zero_stage == 3 and not config.rollout.gather
+    return config.rollout.engine != "plain" and not truncated and not in_parts
 
 
 def _with_the_others(
@@ -247,31 +268,33 @@ def _with_the_others(
     policy: Shape,
     critic: Shape,
     load: Load,
-    cache: Memory,
-    pool: float,
-    passes: int,
+    cache: float,
+    in_slots: bool,
     gpus: int,
     gpu: Gpu,
-) -> Setting:
-    changes = option.engine.model_dump(include={"zero_stage", "gradient_checkpointing", "offload_optimizer"})
-    engine = config.critic_engine.model_copy(update=changes)
-    lora = config.critic_lora if option.lora == config.policy_lora else option.lora
+) -> tuple[Memory, float]:
+    """Memory of all four networks where the policy is held as in `option`, and seconds of an optimizer step of both."""
+    engine, lora = config.critic_engine, config.critic_lora
+    if option.engine != config.policy_engine:
+        own = option.engine
+        engine = _changed(engine, own.gradient_checkpointing, own.zero_stage, own.offload_optimizer)
+    if option.lora != config.policy_lora:
+        lora = option.lora
     load = replace(load, scores_tokens=False)
     beside = trained(critic, engine, lora, load, gpus)
     # Only one of the two is in its backward pass.
     busy, idle = sorted((option.memory, beside), key=lambda m: m.activations + m.logits + m.step, reverse=True)
     whole = option.engine.zero_stage == 3 and config.rollout.gather
-    if whole or not config.rollout.keep_cache:  # it is gone before the first backward pass
-        held = cache.cache + (_width(option.engine) * policy.parameters if whole else 0)
-        cache = Memory(cache=max(0.0, held - busy.activations - busy.logits - busy.step))
-    total = busy + replace(idle, activations=0, logits=0, step=0) + cache + frozen(critic, config.reward_engine, gpus)
+    if whole or not (in_slots and config.rollout.keep_cache):  # it is gone before the first backward pass
+        cache += _width(option.engine) * policy.parameters if whole else 0
+        cache = max(0.0, cache - busy.activations - busy.logits - busy.step)
+    total = busy + replace(idle, activations=0, logits=0, step=0) + frozen(critic, config.reward_engine, gpus)
+    total += Memory(cache=cache)
     if option.lora is None:
         total += frozen(policy, config.reference_engine, gpus)
     if config.ema_decay is not None:
         total += Memory(average=4 * _learnt(policy, option.lora) / (gpus if option.engine.zero_stage == 3 else 1))
-    return Setting(
-        option.engine, option.lora, total, pool + passes * (option.seconds + seconds(critic, engine, lora, load, gpu))
-    )
+    return total, option.seconds + seconds(critic, engine, lora, load, gpu)
 
 
 def _width(engine: EngineConfig) -> int:

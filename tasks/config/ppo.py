@@ -30,6 +30,10 @@ class RolloutConfig(Section):
     keep_cache: bool = True
     """Keep the cache while the networks train; false gives its memory to them and makes it anew for each rollout."""
 
+    def slots_for(self, prompts: int) -> int:
+        """Slots of a process with so many prompts: more than 256 make a step longer, hardly a rollout faster."""
+        return min(self.slots or 256, prompts)
+
 
 class LimitsConfig(Section):
     """What a run of PPO has collapsed beyond, as means of its last rollouts; null: never."""

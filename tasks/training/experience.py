@@ -27,9 +27,6 @@ from tasks.training.rollout import generate
 from tasks.training.rollout_slots import Batch, Request, Sampling, SlotEngine
 from tasks.training.types import Engine, Experience, Packed, Rollout, Sequences
 
-MOST_SLOTS = 256
-"""Where the config does not say: more answers at a time make a step longer, hardly a rollout faster."""
-
 SCORED_TOGETHER = 4
 """Micro-batches of one forward pass of scoring, which keeps no activations."""
 
@@ -99,7 +96,7 @@ def slot_engine(
     try:
         if config.sampling.top_k or config.sampling.top_p < 1:
             raise UnsupportedError("top_k and top_p need the plain loop")
-        size = (min(how.slots or MOST_SLOTS, prompts), *longest)
+        size = (how.slots_for(prompts), *longest)
         if how.gather:
             return GatheredSlots(policy.module, *size)
         return SlotEngine(policy.module.model, *size)

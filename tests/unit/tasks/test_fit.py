@@ -1,6 +1,7 @@
 """Memory and time by arithmetic: against transformers' own counts and against what was measured on an H100."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, RewardConfig
-from tasks.fit import Load, cheapest, gpu_of, of_ppo, of_training, seconds, settings, trained
+from tasks.fit import Load, Setting, cheapest, gpu_of, of_ppo, of_training, seconds, settings, trained
 from tasks.shapes import GIB, GPUS, Shape, shape_of
 from tasks.training.lora import add_adapters
 from tasks.training.models import ScalarModel, freeze_first
@@ -176,6 +177,54 @@ def test_adapters_save_ppo_its_reference() -> None:
     adapted = of_ppo(lora, policy, critic, 256, 256, 1, H100)
     assert whole[0].memory.weights - adapted[0].memory.weights == pytest.approx(2 * policy.parameters)
     assert adapted[0].memory.allocated < 0.5 * whole[0].memory.allocated
+
+
+def ppo_of(config: PPOConfig, gpus: int = 1) -> Setting:
+    """What the configured setting of PPO takes, policy and critic of 1.7B."""
+    own = (config.policy_engine, config.policy_lora)
+    return next(s for s in of_ppo(config, B17, B17, 256, 256, gpus, H100) if (s.engine, s.lora) == own)
+
+
+def test_ppos_critic_is_held_as_it_is_configured() -> None:
+    plain = ppo_of(PPOConfig())
+    off = ppo_of(PPOConfig(critic_engine=EngineConfig(zero_stage=2, offload_optimizer=True)))
+    assert off.memory.optimizer == plain.memory.optimizer / 2 == 12 * B17.parameters
+    assert off.seconds > plain.seconds
+    lean = ppo_of(PPOConfig(policy_engine=EngineConfig(gradient_checkpointing=True)))
+    assert lean.memory.activations == plain.memory.activations  # the critic's, which recomputes nothing
+    others = of_ppo(PPOConfig(critic_engine=EngineConfig(gradient_checkpointing=True)), B17, B17, 256, 256, 1, H100)
+    alike = [s for s in others if s.engine == EngineConfig(zero_stage=2) and s.lora is None]
+    assert alike[0].memory.activations == plain.memory.activations
+
+
+def test_no_parameters_of_the_critic_are_offloaded_where_they_cannot_be() -> None:
+    offloaded = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    found = of_ppo(PPOConfig(policy_engine=offloaded, critic_engine=offloaded), B17, B17, 256, 256, 1, H100)
+    setting = next(s for s in found if s.engine.zero_stage == 2 and s.engine.offload_optimizer and s.lora is None)
+    assert setting.memory.weights == 4 * 2 * B17.parameters
+
+
+def test_the_cache_is_that_of_the_answers_that_are_sampled_at_a_time() -> None:
+    def ppo(rows: int = 1024, gpus: int = 1, zero_stage: Any = 0, **changes: Any) -> Setting:
+        sizes = {"rollout_batch_size": rows, "batch_size": 64, "micro_batch_size": 1}
+        engine = EngineConfig(zero_stage=zero_stage)
+        return ppo_of(PPOConfig(**sizes | changes, policy_engine=engine, critic_engine=engine), gpus)
+
+    row = 2 * 2 * 24 * 2048 * 512  # keys and values of all layers, bf16, 512 tokens
+    assert ppo(rows=64).memory.cache == 64 * row
+    assert ppo().memory.cache == 256 * row
+    assert ppo(rollout={"slots": 16}).memory.cache == 16 * row
+    assert ppo(rows=128, gpus=2, rollout={"slots": 100}).memory.cache == 64 * row
+    # The plain loop holds all rows, and gives them back before the networks train.
+    plain = {"rollout": {"engine": "plain", "slots": 16}}
+    train = ppo(**plain).memory
+    assert train.cache == 1024 * row - train.activations - train.logits - train.step
+    assert ppo(**plain) == ppo(sampling={"top_k": 5}) == ppo(sampling={"top_p": 0.9})
+    in_parts = ppo(zero_stage=3, gpus=2).memory
+    assert in_parts.cache == 512 * row - in_parts.activations - in_parts.logits - in_parts.step
+    # A sixteenth of the answers at a time: the weights are read for 16 times as many tokens.
+    slower = ppo(rollout={"slots": 16}).seconds - ppo().seconds
+    assert slower == pytest.approx((64 - 4) * 256 * 2 * B17.parameters / (0.6 * H100.bandwidth))
 
 
 def test_a_gpu_is_a_name_or_its_gib() -> None:

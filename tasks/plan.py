@@ -1,6 +1,8 @@
-"""What a run would do, without doing anything: the graph's stages in order, each done already or not, and why.
+"""What a run would do, without making a stage: the graph's stages in order, each done already or not, and why.
 
-Only files are read: no server, no lock, no import of what makes a stage.
+Files are read, and the hub is asked for the newest commits of its sets: no server of ours, no import of what makes a
+stage. Only with `remote` the workspace changes: what is finished there is fetched, and its split ledger taken over, as
+by a run, since their files decide what comes later.
 """
 
 import json

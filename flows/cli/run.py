@@ -63,7 +63,10 @@ def plan(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show what a run would do: its stages in order, what is cached, what would run and why. Changes nothing."""
+    """Show what a run would do: its stages in order, what is cached, what would run and why.
+
+    Nothing is made; with `remote`, what is finished there is fetched.
+    """
     from tasks import plan as planning
     from tasks.headlines import headline_of_many
 

@@ -28,6 +28,7 @@ from data_prep.tables import iter_rows
 from data_prep.tokenizer import check_eos, load_tokenizer
 from tasks import untrusted
 from tasks.config import TinyModel
+from tasks.shapes import positions_of
 from tasks.stages import file_digests, write_json
 from tasks.training.job import Job
 
@@ -37,7 +38,7 @@ TEXTS = 20_000
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Resolve or make the base model. Returns parameters and vocabulary size."""
+    """Resolve or make the base model. Returns its parameters or positions, and its vocabulary's size."""
     model = job.config["model"]
     if isinstance(model, dict):
         return make_tiny(TinyModel.model_validate(model), job.config["seed"], job.inputs["split"], job.directory)
@@ -143,4 +144,4 @@ def use_folder(folder: Path, out: Path, trusted: bool = False) -> dict[str, Any]
         # The weights' digests are a part of what this stage came to: its readers run again when a weight changes.
         digests = {name: entry["sha256"] for name, entry in file_digests(folder).items()}
         write_json(out / "base.json", {"model": str(folder), "files": digests})
-    return {"vocabulary": len(tokenizer)}
+    return {"vocabulary": len(tokenizer), "positions": positions_of(config)}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, RewardConfig, TrainConfig
+from tasks.config import ConfigError, EngineConfig, LoraConfig, PPOConfig, RewardConfig, RunConfig, TrainConfig
 from tasks.shapes import GIB, GPUS, Gpu, Shape, work_of
 
 CONTEXT = 0.6 * GIB
@@ -214,6 +214,21 @@ def check_layers(config: RewardConfig, base: Shape, where: str) -> None:
     for key, count in (("layers", config.layers or 0), ("frozen_layers", config.frozen_layers)):
         if count > base.layers:
             raise ConfigError(f"{where}.{key} is {count}, but the model has {base.layers} layers; lower it")
+
+
+def check_positions(config: RunConfig, positions: int | None, where: str) -> None:
+    """ConfigError if a base model shall read more tokens than it has positions for; None: it may read any number.
+
+    `where` is its config path: the policy reads unsupervised text as well, the reward model does not.
+    """
+    data = config.data
+    lengths = {"data.max_prompt_tokens + data.max_answer_tokens": data.max_prompt_tokens + data.max_answer_tokens}
+    if data.unsupervised is not None and where == "models.policy":
+        lengths["data.unsupervised.chunk_tokens"] = data.unsupervised.chunk_tokens
+    for key, tokens in lengths.items():
+        if positions is not None and tokens > positions:
+            mend = key.replace(" + ", " or ")
+            raise ConfigError(f"{key} is {tokens}, but {where} has {positions} positions for tokens; lower {mend}")
 
 
 def scalar_shape(config: RewardConfig, base: Shape) -> Shape:

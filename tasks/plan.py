@@ -18,8 +18,8 @@ from infra.shipped import SHIPPED
 from tasks import dag, stages
 from tasks.config import ConfigError, RunConfig, TinyModel
 from tasks.dag import Choice, Node
-from tasks.fit import Setting, cheapest, check_layers, of_ppo, of_training, scalar_shape
-from tasks.shapes import GIB, GPUS, Gpu, Shape, shape_of_folder, shape_of_model
+from tasks.fit import Setting, cheapest, check_layers, check_positions, of_ppo, of_training, scalar_shape
+from tasks.shapes import GIB, GPUS, Gpu, Shape, config_of_model, positions_of, shape_of_folder, shape_of_model
 from tasks.stages import MANIFEST, Stage, StageRef, checkpoint_step
 
 
@@ -174,6 +174,16 @@ def check_reward_models(config: RunConfig) -> None:
         return
     for where, section in sections.items():
         check_layers(section, shape, where)
+
+
+def check_lengths(config: RunConfig) -> None:
+    """ConfigError if a base model has fewer positions than it shall read tokens, where its config.json is here.
+
+    Where it is not, the step that gets the model tells it.
+    """
+    for where, model in (("models.policy", config.models.policy), ("models.reward", config.models.reward)):
+        if isinstance(model, str) and (found := config_of_model(model)) is not None:
+            check_positions(config, positions_of(found), where)
 
 
 def check_machine(config: RunConfig) -> None:

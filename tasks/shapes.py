@@ -139,6 +139,12 @@ def shape_of_model(model: str | TinyModel) -> Shape | None:
     if isinstance(model, TinyModel):
         width = model.hidden_size
         return Shape("gated", width, 4 * width, model.layers, width, width, model.vocab_size, tied=True)
+    config = config_of_model(model)
+    return None if config is None else shape_of(config)
+
+
+def config_of_model(model: str) -> dict[str, Any] | None:
+    """The config.json of a model folder or of a name on the hub; None where it is not on this machine."""
     path = Path(model).expanduser() / "config.json"
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -151,12 +157,24 @@ def shape_of_model(model: str | TinyModel) -> Shape | None:
         if not isinstance(cached, str):
             return None
         path = Path(cached)
-    return shape_of_folder(path.parent)
+    return dict(json.loads(path.read_text()))
 
 
 def shape_of_folder(folder: Path) -> Shape:
     """The shape of a model folder. Raises ConfigError as `shape_of`."""
     return shape_of(json.loads((folder / "config.json").read_text()))
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The tokens of the longest sequence that a model can read, by its `config.json`; None where that does not tell.
+
+    Learnt positions end there; rotary ones go on, to where the model was never trained, unless they are stretched,
+    by which it is not told how far they reach.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        return None
+    return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def work_of(shape: Shape, lengths: Sequence[int], scores_tokens: bool, frozen_layers: int = 0) -> float:

@@ -28,6 +28,7 @@ from infra.gpu import GpuInfrastructure, resolve
 from tasks import assets, dag, events, launched, lineage, stages, tracking, unfinished
 from tasks.config import ConfigError, RunConfig
 from tasks.dag import Choice, Node
+from tasks.fit import check_positions
 from tasks.headlines import headline
 from tasks.stages import Stage, StageRef
 from tasks.watch import watcher
@@ -120,6 +121,8 @@ def make(
     if events.sender() != events.NOWHERE:  # a deployment's run is started again by Prefect if it crashes
         unfinished.note(stage.workspace, run.origin["flow_run_id"], stage.directory)
     ref = _finished_or_made(run, node, stage, work, meanwhile)
+    if node.stage == "base":
+        check_positions(run.config, ref.metrics.get("positions"), f"models.{'policy' if key == 'base' else 'reward'}")
     watcher().finished(key, ref)
     assets.materialised(ref, [refs[name] for name in node.inputs.values()], node.config)
     page, figure = stage_page(run, key, ref, refs), headline(ref.stage, ref.metrics)

@@ -174,6 +174,7 @@ def checked(
     choice = dag.Choice(from_, until, force)
     choice.check(dag.graph(parsed))
     plan.check_reward_models(parsed)
+    plan.check_lengths(parsed)
     if here:
         plan.check_machine(parsed)
     plan.check_finished(parsed, choice)

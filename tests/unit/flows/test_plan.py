@@ -167,6 +167,31 @@ def test_a_reward_model_keeps_no_more_layers_than_its_base_has(tmp_path: Path) -
     check(models={"policy": "no name/of the hub"}, reward={"layers": 99})
 
 
+def test_a_base_has_positions_for_what_it_reads(tmp_path: Path) -> None:
+    def check(role: str, model: dict[str, Any], **data: Any) -> None:
+        folder = tmp_path / role
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(model))
+        tree = {"models": {"policy": str(tmp_path / "elsewhere")} | {role: str(folder)}, "data": data}
+        plan.check_lengths(parse(tree))
+
+    short = {"model_type": "opt", "max_position_embeddings": 512}
+    text = {"unsupervised": {"path": "text.txt", "chunk_tokens": 513}}
+    check("policy", short)
+    check("reward", short, **text)  # which it does not read
+    for model in (short, {"model_type": "gpt2", "n_positions": 512}, LLAMA | {"max_position_embeddings": 512}):
+        for role in ("policy", "reward"):
+            said = rf"^data\.max_prompt_tokens \+ data\.max_answer_tokens is 513, but models\.{role} has 512 positions"
+            said += r" for tokens; lower data\.max_prompt_tokens or data\.max_answer_tokens$"
+            with pytest.raises(ConfigError, match=said):
+                check(role, model, max_prompt_tokens=257)
+        with pytest.raises(ConfigError, match=r"^data\.unsupervised\.chunk_tokens is 513, but models\.policy has 512"):
+            check("policy", model, **text)
+    for key, name in (("rope_scaling", "type"), ("rope_parameters", "rope_type")):  # how far they reach is not told
+        check("policy", LLAMA | {"max_position_embeddings": 512, key: {name: "yarn"}}, max_prompt_tokens=257)
+    check("policy", {"model_type": "mine"}, max_prompt_tokens=257)
+
+
 def test_a_measured_peak_stands_beside_its_prediction(tmp_path: Path) -> None:
     shape = dict(LLAMA)
     config = parse({"models": {"policy": {"hidden_size": 2048, "layers": 24, "heads": 32, "vocab_size": 49152}}})

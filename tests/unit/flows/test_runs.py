@@ -45,6 +45,7 @@ def test_it_fits_its_gpu_by_prediction(
         (tmp_path / role / "config.json").write_text(json.dumps(shape))
         changes.append(f"models.{role}={tmp_path / role}")
     config = load(ROOT / "infra" / "runs" / f"{run}.yaml", changes)
+    plan.check_lengths(config)
     fits = plan.will_it_fit(config, GPUS[gpu], plan.gpus_of(config))
     assert {fit.stage: fit.fits for fit in fits} == dict.fromkeys(("sft", "reward", "gold", "ppo"), True), [
         (fit.stage, fit.setting.memory.needed / 2**30) for fit in fits

@@ -6,7 +6,7 @@ from uuid import UUID
 import pytest
 
 from tasks import dag, steps, tracking, train
-from tasks.config import ConfigError, RunConfig
+from tasks.config import ConfigError, RunConfig, parse
 from tasks.dag import Choice
 from tasks.stages import StageRef
 from tasks.steps import Progress, Run, artifact_key, datasets, stage_page
@@ -126,6 +126,18 @@ def test_a_stage_before_from_has_to_be_there(run: Run) -> None:
     late = Run(run.config, Choice(from_step="sft"), run.store, run.run_id, run.infrastructure, {})
     with pytest.raises(ConfigError, match="demo before it is not finished"):
         steps._finished_or_made(late, late.graph["demo"], dag.stage(late.config, late.graph["demo"], {}), None, print)
+
+
+@pytest.mark.parametrize(("key", "role"), [("base", "policy"), ("reward-base", "reward")])
+def test_a_model_of_the_hub_is_refused_where_it_has_too_few_positions(
+    run: Run, monkeypatch: pytest.MonkeyPatch, key: str, role: str
+) -> None:
+    models = {"policy": "org/base", "reward": "org/other"}
+    config = parse({**run.config.model_dump(mode="json"), "models": models})
+    made = StageRef("base", "f", "d", "/x", False, 1.0, {"vocabulary": 9, "positions": 511})
+    monkeypatch.setattr(steps, "_finished_or_made", lambda *others: made)
+    with pytest.raises(ConfigError, match=rf"max_answer_tokens is 512, but models\.{role} has 511 positions"):
+        steps.make(replace(run, config=config), key, {})
 
 
 def test_refs_are_small_and_plain() -> None:

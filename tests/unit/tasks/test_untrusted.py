@@ -120,7 +120,7 @@ def test_code_that_nobody_trusts_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"trust_remote_code|No tokenizer could be loaded"):
             load(folder)
     known, _ = own_model(tmp_path / "known", "llama", tokenizer_too=False)
-    base.use_folder(known, tmp_path / "base")
+    assert base.use_folder(known, tmp_path / "base")["positions"] == 2048
     assert type(load_policy(known).model) is LlamaForCausalLM
     assert not marker.exists()
 

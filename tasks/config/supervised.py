@@ -24,7 +24,8 @@ class TrainConfig(Section):
     checkpoint_minutes: PositiveFloat | None = 30.0
     """At most so many minutes lie between two checkpoints, whatever the steps; null: only the steps count."""
     keep_checkpoints: Positive = 2
-    """The last so many are kept while the stage runs: where the newest is damaged, the one before it serves."""
+    """The last so many are kept while the stage runs, beside the best one that each of them knows (`keep_best`): where
+    the newest is damaged, the one before it serves."""
     profile: bool = False
     """Leave a trace of two steps by torch.profiler with the stage's records and in MLflow."""
     deterministic: bool = False

@@ -1,7 +1,7 @@
 """Asking real, tiny models: piece by piece, in batches, through the command line."""
 
 import json
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +77,35 @@ def test_same_seed_draws_the_same_answer(speaker: Speaker) -> None:
     assert len({drawn(seed) for seed in range(6)}) > 1
 
 
-def test_an_answer_can_be_stopped(speaker: Speaker) -> None:
-    steps = []
+def test_an_answer_can_be_stopped(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_to_stop: list[threading.Event] = []
 
-    def slowed(*_: Any) -> None:
-        steps.append(1)
-        time.sleep(0.02)
+    class Asked(chat._Asked):
+        def __init__(self, stop: threading.Event) -> None:
+            asked_to_stop.append(stop)
+            super().__init__(stop)
 
-    slow = speaker.model.register_forward_hook(slowed)
-    try:
-        pieces = speaker.stream(asked("is the pear green"), Sampling(40, 1.0, 1.0, 3))
+    def steps(*, until_asked_at: int | None) -> int:
+        """So many steps an answer takes: all, or those until it is asked to stop, for which the one given waits."""
+        taken: list[int] = []
+
+        def hold(*_: Any) -> None:
+            taken.append(1)
+            if len(taken) == until_asked_at:
+                asked_to_stop[-1].wait(60)
+
+        held = speaker.model.register_forward_hook(hold)
+        pieces = speaker.stream(asked("is the pear green"), Sampling(40, 0.0, 1.0, 0))
         next(pieces)
+        if until_asked_at is None:
+            list(pieces)
         pieces.close()
-    finally:
-        slow.remove()
-    assert 0 < len(steps) < 30
+        held.remove()
+        return len(taken)
+
+    monkeypatch.setattr(chat, "_Asked", Asked)
+    assert steps(until_asked_at=None) == 40
+    assert 0 < steps(until_asked_at=20) <= 20
 
 
 def test_the_conversation_is_kept_until_it_is_reset(speaker: Speaker) -> None:

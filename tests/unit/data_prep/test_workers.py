@@ -90,8 +90,10 @@ def test_no_process_outlives_the_one_that_started_it(number: int, tmp_path: Path
     while len(processes_with("WORKERS_TEST", str(tmp_path))) < 3 and time.monotonic() < give_up:
         time.sleep(0.1)  # the parent, multiprocessing's tracker, the worker
     time.sleep(1)
+    started = processes_with("WORKERS_TEST", str(tmp_path))
     parent.send_signal(number)
     parent.wait(30)
+    assert len(started) >= 3
     give_up = time.monotonic() + 10
     while processes_with("WORKERS_TEST", str(tmp_path)) and time.monotonic() < give_up:
         time.sleep(0.1)

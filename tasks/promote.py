@@ -145,8 +145,7 @@ def follow(store: Store, name: str) -> list[Move]:
     moves = history.noticed(store, name)
     champion = tracking.alias(store, name, CHAMPION)
     if len(moves) > len(known) and champion is not None:
-        for companion in companions(store, champion):
-            tracking.set_alias(store, companion.name, CHAMPION, companion.version)
+        _point(store, name, CHAMPION, champion)
         _point_previous(store, name, moves)
         before = f"instead of version {moves[-1].before}" if moves[-1].before else "as the first"
         events.champion_changed(name, champion.version, f"{_title(champion)} serves {before}: {moves[-1].why}.")
@@ -169,10 +168,7 @@ def _serve(
     by: str | None = None,
 ) -> None:
     """Move the aliases and record it, as done `by` whoever approved it or else by who runs this process."""
-    for companion in companions(store, version):
-        tracking.set_alias(store, companion.name, CHAMPION, companion.version)
-    # The policy last: whoever sees the new policy serve finds its reward model in place.
-    tracking.set_alias(store, version.name, CHAMPION, version.version)
+    _point(store, version.name, CHAMPION, version)
     before = champion.version if champion else None
     move = history.record(store, version.name, kind, before, version.version, why, by)
     _point_previous(store, version.name, [*moves, move])
@@ -182,14 +178,20 @@ def _point_previous(store: Store, name: str, moves: Sequence[Move]) -> None:
     """The alias `previous` of a policy and its companions: what a rollback would go to."""
     known = {entry.version: entry for entry in tracking.versions(store, name)}
     number = history.previous(moves, set(known))
+    _point(store, name, PREVIOUS, known[number] if number is not None else None)
+
+
+def _point(store: Store, name: str, alias: str, version: Version | None) -> None:
+    """Point an alias of a policy and of its companions at a version and at what goes with it.
+
+    Of a companion that the version lacks it is taken away, of all of them where the version is None.
+    """
+    found = [version, *companions(store, version)] if version is not None else []
+    wanted = {entry.name: entry.version for entry in found}
     stem = name.removesuffix(POLICY)
-    target = [known[number], *companions(store, known[number])] if number is not None else []
-    pointed = {entry.name: entry.version for entry in target}
-    for model in (name, stem + REWARD, stem + EMA):
-        if model in pointed:
-            tracking.set_alias(store, model, PREVIOUS, pointed[model])
-        elif tracking.alias(store, model, PREVIOUS) is not None:
-            tracking.delete_alias(store, model, PREVIOUS)
+    # The policy last: whoever sees the new policy serve finds its reward model in place.
+    for model in (stem + REWARD, stem + EMA, name):
+        tracking.set_alias(store, model, alias, wanted.get(model))
 
 
 def judge(

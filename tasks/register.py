@@ -101,11 +101,11 @@ def register(
             table = refs["tokenise"].directory / f"{'ppo' if model.stage == 'ppo' else 'reward'}-eval.arrow"
             tags["logged_model"] = tracking.log_model(store, run_id, model.name, measured(refs, model), table)
         number = tracking.register_version(store, model.name, folder.directory / model.part, run_id, tags, description)
-        held = tracking.alias(store, model.name, tracking.CANDIDATE)
-        if held is None or held.version != number:
-            tracking.set_alias(store, model.name, tracking.CANDIDATE, number)
+        tracking.set_alias(store, model.name, tracking.CANDIDATE, number)
         numbers[model.part] = number
     ema = ema_name(config.name) if "ema" in numbers else None
+    if ema is None:  # another policy's average is none of this candidate
+        tracking.set_alias(store, ema_name(config.name), tracking.CANDIDATE, None)
     return Registration(
         policy_name(config.name),
         numbers["policy"],

@@ -143,16 +143,10 @@ def registered_names(store: Store) -> list[str]:
 
 def versions(store: Store, name: str) -> list[Version]:
     """The versions of a registered model, the newest first; none if there is no such model."""
-    from mlflow.exceptions import MlflowException
-
-    client = connect(store.uri)
-    try:
-        aliases = client.get_registered_model(name).aliases
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    aliases = _aliases(store, name)
+    if aliases is None:
         return []
-    found = _pages(client.search_model_versions, filter_string=f"name = '{name}'")
+    found = _pages(connect(store.uri).search_model_versions, filter_string=f"name = '{name}'")
     return sorted((_version(entry, aliases) for entry in found), key=lambda version: -version.version)
 
 
@@ -161,14 +155,13 @@ def alias(store: Store, name: str, alias: str) -> Version | None:
     return next((version for version in versions(store, name) if alias in version.aliases), None)
 
 
-def set_alias(store: Store, name: str, alias: str, version: int) -> None:
-    """Point an alias at a version."""
-    connect(store.uri).set_registered_model_alias(name, alias, str(version))
-
-
-def delete_alias(store: Store, name: str, alias: str) -> None:
-    """Take an alias away from a registered model."""
-    connect(store.uri).delete_registered_model_alias(name, alias)
+def set_alias(store: Store, name: str, alias: str, version: int | None) -> None:
+    """Point an alias at a version; None takes it away, if there is one. Writes only what changes."""
+    held = (_aliases(store, name) or {}).get(alias)
+    if version is None and held is not None:
+        connect(store.uri).delete_registered_model_alias(name, alias)
+    elif version is not None and held != str(version):
+        connect(store.uri).set_registered_model_alias(name, alias, str(version))
 
 
 def model_tags(store: Store, name: str) -> dict[str, str]:
@@ -229,8 +222,21 @@ def registry_lock(store: Store) -> Iterator[None]:
         yield
 
 
-def _version(entry: Any, aliases: Mapping[str, Any]) -> Version:
-    own = tuple(sorted(name for name, number in aliases.items() if str(number) == str(entry.version)))
+def _aliases(store: Store, name: str) -> dict[str, str] | None:
+    """Alias -> version of a registered model; None if there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = connect(store.uri).get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return {alias: str(version) for alias, version in found.items()}
+
+
+def _version(entry: Any, aliases: Mapping[str, str]) -> Version:
+    own = tuple(sorted(name for name, number in aliases.items() if number == str(entry.version)))
     created = (entry.creation_timestamp or 0) / 1000
     return Version(entry.name, int(entry.version), own, dict(entry.tags), entry.source, entry.run_id or None, created)
 

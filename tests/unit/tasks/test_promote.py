@@ -89,6 +89,24 @@ def test_both_outcomes_and_the_reward_model_follows(store, tmp_path):
     assert champions(store, "both") == [2, 2]
 
 
+def test_the_average_of_another_policy_does_not_stay_champion(store, tmp_path):
+    registered(store, tmp_path, "average", 3)
+    for digest in ("p1", "p3"):  # the second policy has no average
+        tracking.register_version(store, "average-ema", tmp_path, None, {"digest": digest})
+    moves = [lambda number=number: promote(store, "average-policy", number) for number in (1, 2, 3)]
+    served = []
+    for move in (*moves, lambda: roll_back(store, "average-policy", 3), lambda: roll_back(store, "average-policy", 2)):
+        assert move().promoted
+        served.append((aliases(store, "average-policy"), aliases(store, "average-ema")))
+    assert served == [
+        ({"champion": 1, "previous": None}, {"champion": 1, "previous": None}),
+        ({"champion": 2, "previous": 1}, {"champion": None, "previous": 1}),
+        ({"champion": 3, "previous": 2}, {"champion": 2, "previous": None}),
+        ({"champion": 2, "previous": 1}, {"champion": None, "previous": 1}),
+        ({"champion": 1, "previous": None}, {"champion": 1, "previous": None}),
+    ]
+
+
 def test_what_was_decided_stays_as_tags(store, tmp_path):
     registered(store, tmp_path, "tags", 2)
     promote(store, "tags-policy", 1)

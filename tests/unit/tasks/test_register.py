@@ -245,3 +245,12 @@ def test_candidate_moves_to_what_the_last_run_made(store, config, refs, run_id):
     register(store, config, refs, run_id)
     assert tracking.alias(store, "demo-policy", "candidate").version == 1
     assert len(tracking.versions(store, "demo-reward")) == 1
+
+
+def test_a_candidate_without_an_average_leaves_no_other_as_its_own(store, config, averaged, refs, run_id):
+    register(store, config, averaged, run_id)
+    assert register(store, config, refs, run_id).versions == {"demo-policy": 2, "demo-reward": 1}
+    assert tracking.alias(store, "demo-ema", "candidate") is None
+    register(store, config, averaged, run_id)
+    for name in ("demo-policy", "demo-reward", "demo-ema"):
+        assert tracking.alias(store, name, "candidate").version == 1

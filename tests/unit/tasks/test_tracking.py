@@ -289,6 +289,10 @@ def test_alias_moves_and_only_one_version_has_it(store, parent, tmp_path):
     tracking.set_alias(store, "moves-policy", "champion", 3)
     assert tracking.alias(store, "moves-policy", "champion").version == 3
     assert [v.version for v in tracking.versions(store, "moves-policy") if "champion" in v.aliases] == [3]
+    for _ in range(2):
+        tracking.set_alias(store, "moves-policy", "champion", None)
+        assert tracking.alias(store, "moves-policy", "champion") is None
+    tracking.set_alias(store, "no-policy", "champion", None)
 
 
 def test_unknown_model_or_version_names_what_exists(store, parent, tmp_path):

@@ -240,19 +240,24 @@ def needs_comparison(candidate: Version, champion: Version | None) -> bool:
 
 
 def resolve(store: Store, name: str) -> str:
-    """The registered policy that a user means by NAME or NAME-policy. Raises ValueError that names what exists."""
+    """The registered policy that a user means by NAME or NAME-policy.
+
+    Raises ValueError that names what exists, or, for a registered model that is no policy, what to name instead.
+    """
     names = tracking.registered_names(store)
     policies = [known for known in names if known.endswith(POLICY)]
-    if name in names and name.endswith(REWARD) and name.removesuffix(REWARD) + POLICY in names:
-        raise ValueError(f"{name} follows its policy: promote {name.removesuffix(REWARD)}{POLICY} instead.")
+    for suffix in (REWARD, EMA):
+        own = name.removesuffix(suffix) + POLICY
+        if name in names and name.endswith(suffix) and own in policies:
+            raise ValueError(f"{name} follows its policy: name {own} instead.")
     for known in (name, f"{name}{POLICY}"):
-        if known in names:
+        if known in policies:
             return known
     if not policies:
-        raise ValueError(f"There is no registered model {name}, nor any other: `rlhf run` registers the first.")
+        raise ValueError(f"There is no registered policy {name}, nor any other: `rlhf run` registers the first.")
     near = difflib.get_close_matches(name.removesuffix(POLICY), [known.removesuffix(POLICY) for known in policies], n=1)
     hint = f"did you mean {near[0]}{POLICY}? Registered" if near else "registered"
-    raise ValueError(f"There is no registered model {name}; {hint}: {', '.join(policies)}.")
+    raise ValueError(f"There is no registered policy {name}; {hint}: {', '.join(policies)}.")
 
 
 def _verdict_tags(

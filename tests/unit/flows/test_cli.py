@@ -134,7 +134,7 @@ def test_history_shows_every_move_one_by_hand_too(tmp_path: Path) -> None:
     assert "champion" in call("models", "--workspace", tmp_path).output
     result = call("rollback", "reward-x", "--workspace", tmp_path)
     assert result.exit_code == errors.USER
-    assert "There is no registered model reward-x" in result.output
+    assert "There is no registered policy reward-x" in result.output
 
 
 @pytest.mark.parametrize(

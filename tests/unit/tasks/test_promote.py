@@ -143,10 +143,16 @@ def test_unknown_name_or_version_is_one_sentence_that_names_what_exists(store, t
     registered(store, tmp_path, "real", 1)
     assert resolve(store, "real") == "real-policy"
     assert resolve(store, "real-policy") == "real-policy"
-    with pytest.raises(ValueError, match=r"no registered model rael; did you mean real-policy\? Registered: .*real"):
+    with pytest.raises(ValueError, match=r"no registered policy rael; did you mean real-policy\? Registered: .*real"):
         resolve(store, "rael")
-    with pytest.raises(ValueError, match="promote real-policy instead"):
-        resolve(store, "real-reward")
+    for digest, name in (("p1", "real-ema"), ("x", "other"), ("y", "real")):
+        tracking.register_version(store, name, tmp_path, None, {"digest": digest})
+    for companion in ("real-reward", "real-ema"):
+        with pytest.raises(ValueError, match=f"^{companion} follows its policy: name real-policy instead"):
+            resolve(store, companion)
+    with pytest.raises(ValueError, match=r"no registered policy other; .*egistered: .*real-policy"):
+        resolve(store, "other")
+    assert resolve(store, "real") == "real-policy"  # whatever else has that name
     with pytest.raises(ValueError, match="real-policy has no version 7; it has 1"):
         promote(store, "real-policy", 7)
 

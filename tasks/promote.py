@@ -136,17 +136,17 @@ def roll_back(store: Store, name: str, version: int, why: str = "") -> Verdict:
 
 
 def follow(store: Store, name: str) -> list[Move]:
-    """The moves of a policy's champion. One that was made by hand is recorded and told, and what goes with the champion
-    follows.
+    """The moves of a policy's champion. One that was made by hand is recorded and told, and whatever goes with the
+    champion follows: a companion, or `previous`, may also stand where a promotion that was killed has left it.
 
     Hold the registry's lock.
     """
     known = history.moves(store, name)
     moves = history.noticed(store, name)
     champion = tracking.alias(store, name, CHAMPION)
+    _point(store, name, CHAMPION, champion)
+    _point_previous(store, name, moves)
     if len(moves) > len(known) and champion is not None:
-        _point(store, name, CHAMPION, champion)
-        _point_previous(store, name, moves)
         before = f"instead of version {moves[-1].before}" if moves[-1].before else "as the first"
         events.champion_changed(name, champion.version, f"{_title(champion)} serves {before}: {moves[-1].why}.")
     return moves

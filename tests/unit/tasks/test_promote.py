@@ -230,6 +230,40 @@ def test_alias_moved_by_hand_is_noticed_and_counts_as_a_promotion(store, tmp_pat
     assert aliases(store, "hand-policy") == {"champion": 3, "previous": 1}
 
 
+@pytest.mark.parametrize(
+    ("number", "call", "part", "written", "serves"),
+    [
+        (1, "set_alias", "policy", ("champion", 2), 1),  # the reward model's has moved by then
+        (2, "tag_model", "policy", None, 2),  # the policy's as well, and nothing is recorded
+        (3, "set_alias", "reward", ("previous", 1), 2),
+        (4, "set_alias", "policy", ("previous", 1), 2),
+    ],
+)
+def test_what_a_killed_promotion_left_undone_the_next_look_mends(
+    store, tmp_path, monkeypatch, number, call, part, written, serves
+):
+    registered(store, tmp_path, f"cut{number}", 2)
+    promote(store, f"cut{number}-policy", 1)
+    write = getattr(tracking, call)
+
+    def killed(store, name, *what):
+        if name == f"cut{number}-{part}" and written in (what, None):
+            raise KeyboardInterrupt
+        write(store, name, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, call, killed)
+        with pytest.raises(KeyboardInterrupt):
+            promote(store, f"cut{number}-policy", 2)
+    moves = look(store, f"cut{number}-policy")
+    assert [move.after for move in moves] == list(range(1, serves + 1))
+    whole = {"champion": serves, "previous": serves - 1 or None}
+    assert [aliases(store, f"cut{number}-{name}") for name in ("policy", "reward")] == [whole, whole]
+    for name in ("set_registered_model_alias", "delete_registered_model_alias"):
+        monkeypatch.setattr(f"mlflow.MlflowClient.{name}", None)  # must not come to be called
+    assert look(store, f"cut{number}-policy") == moves
+
+
 def test_rollback_passes_over_a_version_that_was_deleted(store, tmp_path):
     registered(store, tmp_path, "gone", 3)
     for number in (1, 2, 3):

@@ -117,7 +117,7 @@ def retrain(
         raise RuntimeError(
             f"The run was started {MOST_TRIES} times without coming to its end; mend that, start another."
         )
-    with alone(dag.workspace(config), str(flow_run.id)):
+    with alone(dag.workspace(config), str(flow_run.id)), prune.in_use(dag.workspace(config)):
         return _retrained(config, Choice(from_stage, until, force), only_if_new)
 
 
@@ -148,7 +148,7 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     outcome = Outcome()
     try:
         # The run's tag is for finding runs: every task that bears one asks the server for a slot of its limit.
-        with witnessed(), TagsContext(current_tags=set()), prune.in_use(workspace):
+        with witnessed(), TagsContext(current_tags=set()):
             run = open_run(config, choice, run_id)
             if waiting is not None:
                 _decide(run, outcome, waiting)

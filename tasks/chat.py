@@ -16,7 +16,7 @@ from data_prep import conversation
 from data_prep.conversation import Message
 from data_prep.local_files import read_file
 from data_prep.tokenizer import answer_ids, load_tokenizer, prompt_ids
-from tasks import registered, tracking, untrusted
+from tasks import prune, registered, tracking, untrusted
 from tasks.base import resolve
 from tasks.tracking import Store
 from tasks.training.batches import at, right_padded
@@ -143,8 +143,9 @@ def speaker(name: str, store: Store | None) -> Speaker:
         if store is None:
             raise ValueError(f"{name}: there is no MLflow store here; give the workspace of the run with --workspace")
         version = tracking.named_version(store, name)
-        folder = registered.as_stage(store, version, Path(store.workspace)).directory / "model"
-        return Speaker(f"{version.name} {version.version}", folder, device())
+        with prune.in_use(Path(store.workspace)):
+            folder = registered.as_stage(store, version, Path(store.workspace)).directory / "model"
+            return Speaker(f"{version.name} {version.version}", folder, device())
     return Speaker(name, resolve(name, None), device())
 
 
@@ -154,8 +155,9 @@ def judge(name: str, store: Store | None) -> Judge | None:
         return None
     for version in registered.companions(store, tracking.named_version(store, name)):
         if version.name.endswith(registered.REWARD):
-            folder = registered.as_stage(store, version, Path(store.workspace)).directory
-            return Judge(folder / "model", device())
+            with prune.in_use(Path(store.workspace)):
+                folder = registered.as_stage(store, version, Path(store.workspace)).directory
+                return Judge(folder / "model", device())
     return None
 
 

@@ -1,10 +1,11 @@
 """Clears a workspace: which stage directories nothing needs any more, and their removal.
 
 Needed is what a registered version was made from (its lineage record), where it lies itself, what it was measured by
-(the gold reward model and verdicts that were paid for too), and what a crashed run of a deployment, which starts again
-by itself, has come to (`tasks.unfinished`). Everything else is either work that was never registered, an unfinished
-stage with its checkpoints, or a copy that can be fetched again (`champion/`). While a run is going on nothing is
-removed: it may be about to read what looks unused.
+(the gold reward model and verdicts that were paid for too), the fetched copy (`champion/`) of what has an alias, as an
+endpoint may serve it, and what a crashed run of a deployment, which starts again by itself, has come to
+(`tasks.unfinished`). Everything else is either work that was never registered, an unfinished stage with its
+checkpoints, or another copy, which can be fetched again. While a run is going on, or a command reads from the
+workspace, nothing is removed: it may be about to read what looks unused.
 """
 
 import fcntl
@@ -18,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from tasks import lineage, tracking, unfinished
 from tasks.dag import STAGES
+from tasks.registered import copied
 from tasks.stages import MANIFEST, named, read_manifest
 from tasks.tracking import Store, Version
 
@@ -89,9 +91,9 @@ def carry_out(store: Store, planned: Plan) -> list[Removal]:
     """Remove what was planned, the registered versions first: none of them is ever without its files.
 
     What a run that began since the plan has come to need stays. Returns what is gone. Raises ValueError while a run is
-    going on in the workspace.
+    going on in the workspace, or a command reads from it.
     """
-    with _no_run(Path(store.workspace)):
+    with _unused(Path(store.workspace)):
         unused = {removal.directory for removal in plan(store, planned.keep).removals}
         removals = [removal for removal in planned.removals if removal.directory in unused]
         for version in planned.versions:
@@ -107,7 +109,8 @@ def carry_out(store: Store, planned: Plan) -> list[Removal]:
 
 @contextmanager
 def in_use(workspace: Path) -> Iterator[None]:
-    """Held by a run, so that nothing is removed under it; any number of runs may hold it, and a dead one does not."""
+    """Held by a run, and by a command while it reads models or data, so that nothing is removed under them; any number
+    may hold it, and a dead process does not."""
     workspace.mkdir(parents=True, exist_ok=True)
     with (workspace / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -115,12 +118,14 @@ def in_use(workspace: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_run(workspace: Path) -> Iterator[None]:
+def _unused(workspace: Path) -> Iterator[None]:
     with (workspace / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"a run is going on in {workspace}; prune it when that has ended") from None
+            raise ValueError(
+                f"a run is going on in {workspace}, or a command reads from it; prune it when that has ended"
+            ) from None
         yield
 
 
@@ -138,6 +143,8 @@ def _needed(store: Store, versions: Iterable[Version]) -> set[Path]:
         record = lineage.of_version(store, version)
         needed |= {(workspace / step).resolve() for step in record["steps"]}
         models.add((workspace / record["root"]).resolve())
+        if version.aliases:
+            needed.add(copied(version, workspace).directory.resolve())
         address = urlsplit(version.source)
         if address.scheme == "file":
             registered.add(Path(unquote(address.path)).parent)

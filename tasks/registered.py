@@ -57,10 +57,14 @@ def as_stage(store: Store, version: Version, workspace: Path) -> StageRef:
     for folder in folders:
         if (folder / "model" / "config.json").is_file():
             return StageRef("champion", fingerprint, digest, str(folder), True, 0.0, {})
-    identity = {"model": version.name, "version": version.version, "digest": digest}
-    stage = Stage("champion", workspace, identity, {}, ("tasks.tracking.registry",))
-    fetched = stages.run(stage, lambda directory: tracking.fetch_version(store, version, directory))
+    fetched = stages.run(copied(version, workspace), lambda folder: tracking.fetch_version(store, version, folder))
     return StageRef("champion", fingerprint, digest, fetched.path, True, 0.0, {})
+
+
+def copied(version: Version, workspace: Path) -> Stage:
+    """The stage that holds a version's files as they were fetched from its store."""
+    identity = {"model": version.name, "version": version.version, "digest": version.tags.get("digest", "")}
+    return Stage("champion", workspace, identity, {}, ("tasks.tracking.registry",))
 
 
 def companions(store: Store, policy: Version) -> list[Version]:

@@ -38,19 +38,21 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Show what a run is trained on: rows kept and dropped, and token lengths. Prepares the data if need be."""
-    from tasks import plan, registered
+    from tasks import dag, plan, prune, registered
     from tasks.config import load
 
-    parsed = registered.pinned(load(config, set_ or ()))
-    refs = plan.finished(parsed, "tokenise")
-    if refs is None:
-        run.execute(*run.checked(config, set_, None, "tokenise", None), debug)
+    asked = load(config, set_ or ())
+    with prune.in_use(dag.workspace(asked)):
+        parsed = registered.pinned(asked)
         refs = plan.finished(parsed, "tokenise")
-        assert refs is not None, "the flow has just made them"
-    if show or source:
-        _show(refs, f"{phase}-{side}", source, show or 5, parsed.models.policy_trust_remote_code)
-    else:
-        _counts(parsed, refs)
+        if refs is None:
+            run.execute(*run.checked(config, set_, None, "tokenise", None), debug)
+            refs = plan.finished(parsed, "tokenise")
+            assert refs is not None, "the flow has just made them"
+        if show or source:
+            _show(refs, f"{phase}-{side}", source, show or 5, parsed.models.policy_trust_remote_code)
+        else:
+            _counts(parsed, refs)
 
 
 def _counts(config: "RunConfig", refs: "Mapping[str, StageRef]") -> None:

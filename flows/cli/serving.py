@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,19 +30,25 @@ def serve_model(
     """Answer the OpenAI API on this machine with a registered model, until Ctrl-C. Follows the alias when it moves."""
     from flows import local
     from infra import servers
-    from tasks import serving
+    from tasks import prune, serving
 
     store = needed_store(workspace)
-    serves = serving.target(store, model)
-    name = serves.version.name
     log = workspace / "logs" / "model-server.log"
     say = console.console.print
-    with local.terminated_in_order(), tempfile.TemporaryDirectory(prefix="rlhf-serving-") as folder:
+    with (
+        local.terminated_in_order(),
+        tempfile.TemporaryDirectory(prefix="rlhf-serving-") as folder,
+        ExitStack() as loading,
+    ):
+        loading.enter_context(prune.in_use(Path(store.workspace)))
+        serves = serving.target(store, model)
+        name = serves.version.name
         link = Path(folder) / name
         serving.point(link, serves.folder)
         with servers.model_server(name=name, folder=Path(folder), log=log, port=port) as server:
             with console.console.status(f"loading {serves.title} ..."):
                 url = server.wait_ready(timeout=serving.SECONDS_TO_LOAD)
+            loading.close()
             say(f'{serves.title}: {url}/v1, model "{name}". [dim]Ctrl-C ends it.[/]', soft_wrap=True)
             try:
                 wait = SECONDS_BETWEEN_LOOKS
@@ -59,15 +66,16 @@ def serve_model(
 def followed(store: "Store", model: str, serves: "Target", link: Path, url: str) -> "Target | None":
     """What is served from now on; None, with the reason shown, if that could not be found out or the new model not be
     loaded. Then what serves serves on, and this is to be tried again."""
-    from tasks import serving
+    from tasks import prune, serving
 
     try:
-        now = serving.target(store, model)
-        if now.version.version != serves.version.version:
-            serving.switch(url, link, serves, now)
-            console.console.print(
-                f"{now.title} answers now, instead of version {serves.version.version}.", soft_wrap=True
-            )
+        with prune.in_use(Path(store.workspace)):
+            now = serving.target(store, model)
+            if now.version.version != serves.version.version:
+                serving.switch(url, link, serves, now)
+                console.console.print(
+                    f"{now.title} answers now, instead of version {serves.version.version}.", soft_wrap=True
+                )
     except Exception as error:  # MLflow's are no ValueError, and nothing that goes wrong here is a reason to stop
         console.errors.print(f"{serves.title} serves on: {error}", style="yellow", markup=False, soft_wrap=True)
         return None

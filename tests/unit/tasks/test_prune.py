@@ -6,6 +6,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tasks import lineage, prune, tracking, unfinished
+from tasks.registered import copied
 from tasks.stages import Stage, run
 
 
@@ -82,6 +83,16 @@ def test_what_a_version_was_made_from_stays(store):
     assert left(store) == [1, 1, 1, 1, 1, 0, 1, 1]
     assert prune.plan(store) == prune.Plan([], [])
     assert not list(Path(store.workspace).glob("*/.removed-*"))
+
+
+def test_the_fetched_copy_of_what_an_alias_names_stays(store):
+    for seed in (1, 2):
+        registered(store, seed)
+    tracking.set_alias(store, "chat-policy", "champion", 2)
+    copies = {}
+    for version in tracking.versions(store, "chat-policy"):
+        copies[version.version] = run(copied(version, Path(store.workspace)), lambda directory: {}).directory
+    assert [removal.directory for removal in prune.plan(store).removals] == [copies[1]]
 
 
 def test_a_later_evaluation_of_a_version_stays_as_the_next_run_asks_for_it(store):

@@ -19,13 +19,23 @@ if TYPE_CHECKING:
 
 Show = Annotated[
     int | None,
-    typer.Option("--show", metavar="N", min=1, help="Show N rows as they are trained on, instead of counts."),
+    typer.Option(
+        "--show",
+        metavar="N",
+        min=1,
+        help="Show N rows as they are trained on, instead of counts; 5 where an option below says which.",
+    ),
 ]
 Source = Annotated[
     str | None, typer.Option("--source", help="Only rows of this source: its name, or the last part, such as SHP.")
 ]
-Phase = Annotated[Literal["sft", "reward", "ppo", "judge"], typer.Option(help="Whose rows are shown.")]
-Side = Annotated[Literal["train", "eval"], typer.Option(help="Rows that are trained on, or held out.")]
+Phase = Annotated[
+    Literal["sft", "reward", "ppo", "judge"] | None, typer.Option(help="Whose rows are shown; sft if not given.")
+]
+Side = Annotated[
+    Literal["train", "eval"] | None,
+    typer.Option(help="Rows that are trained on, or held out; train if not given."),
+]
 
 
 def data(
@@ -33,8 +43,8 @@ def data(
     set_: Overrides = None,
     show: Show = None,
     source: Source = None,
-    phase: Phase = "sft",
-    side: Side = "train",
+    phase: Phase = None,
+    side: Side = None,
     debug: Debug = False,
 ) -> None:
     """Show what a run is trained on: rows kept and dropped, and token lengths. Prepares the data if need be."""
@@ -49,8 +59,10 @@ def data(
             run.execute(*run.checked(config, set_, None, "tokenise", None), debug)
             refs = plan.finished(parsed, "tokenise")
             assert refs is not None, "the flow has just made them"
-        if show or source:
-            _show(refs, f"{phase}-{side}", source, show or 5, parsed.models.policy_trust_remote_code)
+        if show or source or phase or side:
+            _show(
+                refs, f"{phase or 'sft'}-{side or 'train'}", source, show or 5, parsed.models.policy_trust_remote_code
+            )
         else:
             _counts(parsed, refs)
 

@@ -33,6 +33,8 @@ def lineage(
     """Show what a model was made from: base model, stages, code, data with revisions; or what a set went into."""
     if (model is None) == (impact is None):
         raise ValueError("give a model version, such as models:/chat-policy@champion, or --impact SET@REVISION")
+    if impact is not None and out is not None:
+        raise ValueError("--out writes what a model version was made from; leave it out with --impact")
     if out is not None and out.suffix not in (".svg", ".html", ".json"):
         raise ValueError(f"--out {out}: name a file that ends in .svg, .html or .json")
     store = needed_store(workspace)

@@ -121,6 +121,12 @@ def test_moves_and_comparison_without_a_store(tmp_path: Path, command: tuple[str
     assert "there is no MLflow store" in result.output
 
 
+def test_lineage_writes_no_file_of_an_impact(tmp_path: Path) -> None:
+    result = call("lineage", "--impact", "some/set", "--out", tmp_path / "x.svg", "--workspace", tmp_path)
+    assert result.exit_code == errors.USER
+    assert "--out writes what a model version was made from; leave it out with --impact" in result.output
+
+
 def test_history_shows_every_move_one_by_hand_too(tmp_path: Path) -> None:
     store = tracking.open_store(tmp_path)
     for number in (1, 2):

@@ -144,3 +144,13 @@ def test_command_prints_counts_and_lengths(
     result = CliRunner().invoke(app, ["data", str(tmp_path / "run.yaml"), "--show", "1", "--phase", "judge"])
     assert result.exit_code == 2
     assert "this run has no judge-train rows" in result.output
+    shown = []
+    monkeypatch.setattr("flows.cli.data._show", lambda refs, *what: shown.append(what))
+    for options in (["--phase", "reward"], ["--side", "eval"], ["--source", "own"], ["--show", "2"]):
+        assert CliRunner().invoke(app, ["data", str(tmp_path / "run.yaml"), *options]).exit_code == 0
+    assert shown == [
+        ("reward-train", None, 5, False),
+        ("sft-eval", None, 5, False),
+        ("sft-train", "own", 5, False),
+        ("sft-train", None, 2, False),
+    ]

@@ -11,7 +11,6 @@ Nothing that is started here outlives this process.
 import gc
 import logging
 import os
-import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,6 @@ from typing import Self
 from infra import servers
 from tasks.config import ConfigError
 
-API_URL = "PREFECT_API_URL"
 SECONDS_TO_SEND = 10.0
 
 
@@ -44,7 +42,7 @@ class PrefectServer:
         self._quiet = quiet
         self._own: servers.Server | None = None
         self._ready: Future[str] | None = None
-        self._url = configured_url() or servers.running_prefect_server(state_dir())
+        self._url = servers.configured_url() or servers.running_prefect_server(state_dir())
         if self._url is None:
             self._own = servers.prefect_server(log=logs / "prefect-server.log", blocks=False)
             self._url = self._own.url
@@ -52,7 +50,7 @@ class PrefectServer:
             asking = ThreadPoolExecutor(1, "prefect-server")
             self._ready = asking.submit(self._own.wait_ready)
             asking.shutdown(wait=False)
-        os.environ[API_URL] = self._url  # Prefect reads it at import
+        os.environ[servers.API_URL] = self._url  # Prefect reads it at import
         os.environ.setdefault("DO_NOT_TRACK", "1")
 
     @contextmanager
@@ -65,7 +63,7 @@ class PrefectServer:
             self._ready.result()
         elif not servers.healthy(f"{self._url.rstrip('/')}/health"):
             raise ConfigError(
-                f"the Prefect server {self._url} does not answer; start it, correct {API_URL}, or unset it"
+                f"the Prefect server {self._url} does not answer; start it, correct {servers.API_URL}, or unset it"
             )
         if self._quiet:
             _silence_console()
@@ -92,7 +90,7 @@ def heard() -> Iterator[bool]:
     them: gives whether one answers, and else they go nowhere."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    url = configured_url() or servers.running_prefect_server(state_dir())
+    url = servers.configured_url() or servers.running_prefect_server(state_dir())
     answers = url is not None and servers.healthy(f"{url.rstrip('/')}/health")
     with temporary_settings({PREFECT_API_URL: url if answers else None}):
         yield answers
@@ -133,26 +131,9 @@ def imported() -> Iterator[None]:
         gc.enable()
 
 
-def configured_url() -> str | None:
-    """The Prefect API that the user has set, by the environment or in a profile."""
-    if url := os.environ.get(API_URL):
-        return url
-    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", prefect_home() / "profiles.toml"))
-    if not profiles.is_file() or not re.search(rf"^\s*{API_URL}\s*=", profiles.read_text(), re.MULTILINE):
-        return None
-    from prefect.settings import PREFECT_API_URL  # knows which profile is in use, and takes seconds to load
-
-    return PREFECT_API_URL.value()
-
-
-def prefect_home() -> Path:
-    """Where Prefect keeps its database and settings."""
-    return Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
-
-
 def state_dir() -> Path:
     """Where a running server is announced: with the database that it serves."""
-    return prefect_home()
+    return servers.prefect_home()
 
 
 class RunFormatter(logging.Formatter):
@@ -202,7 +183,7 @@ def ui_servers(workspace: Path, prefect_port: int | None, mlflow_port: int | Non
     with ExitStack() as stack:
         addresses: dict[str, str] = {}
         started: list[tuple[str, servers.Server]] = []
-        prefect_url = configured_url() or servers.running_prefect_server(state_dir())
+        prefect_url = servers.configured_url() or servers.running_prefect_server(state_dir())
         if prefect_url is not None:
             addresses["Prefect"] = prefect_url.removesuffix("/api")
         else:

@@ -13,6 +13,7 @@ No server is imported here: they run in processes of their own and are asked ove
 
 import json
 import os
+import re
 import sys
 import time
 import urllib.request
@@ -26,6 +27,7 @@ from infra.machine import free_port
 from infra.owned import OwnedProcess
 
 HOST = "127.0.0.1"
+API_URL = "PREFECT_API_URL"
 STATE_FILE = "prefect-server.json"
 WITHOUT_BLOCKS = {
     "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
@@ -157,6 +159,23 @@ def model_server(*, name: str, folder: Path, log: Path, port: int | None = None)
 
 def _unless_set(**defaults: str) -> dict[str, str]:
     return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def configured_url() -> str | None:
+    """The Prefect API that the user has set, by the environment or in a profile."""
+    if url := os.environ.get(API_URL):
+        return url
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", prefect_home() / "profiles.toml"))
+    if not profiles.is_file() or not re.search(rf"^\s*{API_URL}\s*=", profiles.read_text(), re.MULTILINE):
+        return None
+    from prefect.settings import PREFECT_API_URL  # knows which profile is in use, and takes seconds to load
+
+    return PREFECT_API_URL.value()
+
+
+def prefect_home() -> Path:
+    """Where Prefect keeps its database and settings."""
+    return Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
 
 
 def running_prefect_server(state_dir: Path) -> str | None:

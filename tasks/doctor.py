@@ -106,8 +106,8 @@ def deepspeed() -> Finding:
 def prefect() -> Finding:
     """The Prefect API that a run would use."""
     version = metadata.version("prefect")
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
+    url = servers.configured_url()
+    if url is None:
         return Finding("ok", f"{version}; a run starts a server of its own, or uses that of `rlhf ui`")
     if servers.healthy(f"{url.rstrip('/')}/health"):
         return Finding("ok", f"{version}, server {url}")

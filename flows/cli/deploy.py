@@ -145,7 +145,7 @@ def _server() -> str:
     from flows import local
     from infra import servers
 
-    url = local.configured_url() or servers.running_prefect_server(local.state_dir())
+    url = servers.configured_url() or servers.running_prefect_server(local.state_dir())
     if url is None:
         raise ValueError(
             "a deployment needs a Prefect server that stays: start `rlhf ui` or `prefect server start` and set "

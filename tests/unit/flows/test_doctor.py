@@ -1,4 +1,5 @@
 import sqlite3
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -45,6 +46,17 @@ def test_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert finding.state == "bad"
     assert "or unset it" in finding.text
     assert name == "PREFECT_API_URL" or "secret" not in finding.text
+
+
+def test_a_server_that_a_profile_of_prefect_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    assert "starts a server of its own" in doctor.prefect().text
+    (tmp_path / "profiles.toml").write_text(
+        'active = "team"\n[profiles.team]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n'
+    )
+    ask = "from tasks import doctor; print(doctor.prefect())"  # Prefect reads its profile once a process
+    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout
+    assert "http://127.0.0.1:9/api does not answer" in said
 
 
 def test_mlflow_store(tmp_path: Path) -> None:

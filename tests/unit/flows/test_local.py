@@ -75,9 +75,9 @@ def test_the_server_of_rlhf_ui_is_used(
 def test_a_profile_without_an_address_configures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "profiles.toml"))
-    assert local.configured_url() is None
+    assert servers.configured_url() is None
     (tmp_path / "profiles.toml").write_text('active = "a"\n[profiles.a]\nPREFECT_LOGGING_LEVEL = "INFO"\n')
-    assert local.configured_url() is None
+    assert servers.configured_url() is None
 
 
 def test_the_log_names_the_run(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Request:
     overlap: Literal["queue", "cancel"] = "queue"
     """What becomes of a run that is due while an earlier one of this deployment runs: it waits, or is cancelled."""
     only_if_new: bool = True
-    """A run ends at once where data, config and code are those of the last one."""
+    """A run ends at once where data, config and code are those of a policy that has its verdict."""
     on_events: bool = True
     """A run also starts when a set changes or the champion falls below a gate."""
     notify: Sequence[str] = ()

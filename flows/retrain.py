@@ -50,7 +50,7 @@ from tasks import (
 from tasks.approval import Waiting
 from tasks.config import RunConfig
 from tasks.dag import Choice
-from tasks.promote import Judgement, Verdict, look, needs_comparison
+from tasks.promote import Judgement, Verdict, look, needs_comparison, settled, terms
 from tasks.register import Registration, policy_name, register_models, registered_already
 from tasks.report import StepRow
 from tasks.stages import StageRef
@@ -109,7 +109,8 @@ def retrain(
         from_stage: everything before this step has to be finished; it and all after it are made anew.
         until: the last step.
         force: this one stage is made anew.
-        only_if_new: end at once where data, config and code are those of models that are registered already.
+        only_if_new: end at once where data, config and code are those of a registered policy that has its verdict. Does
+            nothing beside from_stage, until or force, nor in a run that starts again.
 
     Returns a Result; None, by a completed state that says so, if there was nothing new.
     """
@@ -140,8 +141,8 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     if waiting is not None:
         run_id = waiting.mlflow_run
         tracking.set_status(store, run_id, "RUNNING")
-    elif only_if_new and (done := plan.finished(config)) and registered_already(store, config, done):
-        return Completed(message="Nothing new: data, config and code are those of models that are registered already.")
+    elif only_if_new and choice == Choice() and flow_run.run_count <= 1 and (known := _nothing_new(store, config)):
+        return Completed(message=known)
     else:
         origin = {"prefect.flow_run": name, "prefect.flow_run_id": str(flow_run.id)}
         run_id = tracking.start_run(store, config, origin, name)
@@ -170,6 +171,19 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     approval.forget(workspace, str(flow_run.id))
     unfinished.forget(workspace, str(flow_run.id))
     return result
+
+
+def _nothing_new(store: tracking.Store, config: RunConfig) -> str | None:
+    """Why a run would change nothing, as a sentence; None where a stage is to be made or a candidate to be judged."""
+    done = plan.finished(config)
+    if done is None or not registered_already(store, config, done):
+        return None
+    known = tracking.versions(store, policy_name(config.name))
+    version = next(entry for entry in known if entry.digest == done["ppo"].digest)
+    waits = approval.where_to_decide(version.tags)
+    what = f"waits for approval: {waits}" if waits else settled(version, terms(config, done))
+    same = f"data, config and code are those of {version.name} version {version.version}"
+    return what and f"Nothing new: {same}, which {what}."
 
 
 def _steps(run: Run, outcome: Outcome) -> Iterator[None]:
@@ -236,7 +250,7 @@ def _judged(run: Run, registration: Registration, refs: Refs) -> Judgement:
     missed = [result for result in gates.check_champion(sentences, evidence) if not result.passed]
     if champion is not None and missed:
         events.champion_below_gate(champion.name, champion.version, missed)
-    return Judgement(results, champion.version if champion else None)
+    return Judgement(results, champion.version if champion else None, terms(run.config, refs))
 
 
 def _closed(run: Run, name: str, outcome: Outcome) -> Result:

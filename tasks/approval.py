@@ -86,7 +86,7 @@ def _load(path: Path) -> Waiting:
     return Waiting(
         {key: StageRef(**tree["refs"][key]) for key in tree["order"]},
         Registration(**tree["registration"]),
-        Judgement([GateResult(**gate) for gate in judged["gates"]], judged["champion"]),
+        Judgement(**judged | {"gates": [GateResult(**gate) for gate in judged["gates"]]}),
         tree["mlflow_run"],
         Consent(**tree["consent"]) if tree["consent"] else None,
     )

@@ -7,7 +7,9 @@ decided, when, by whom and why stays as tags: the verdict at the version, the mo
 """
 
 import difflib
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -16,13 +18,17 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks import events, history, tracking
+from tasks.config import RunConfig
 from tasks.gates import GateResult
 from tasks.history import Move
 from tasks.registered import EMA, POLICY, REWARD, companions
+from tasks.stages import StageRef
 from tasks.tracking import CHAMPION, PREVIOUS, Store, Version
 
 VERDICT = "## Verdict"
 """Where it begins in a version's description."""
+JUDGED = "judged"
+"""Tag of a version: the `terms` of its last verdict, if that is final."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Verdict:
     promoted: bool
     reason: str
     gates: list[GateResult] = field(default_factory=list)
+    final: bool = True
+    """False: what was to be decided is still open, and the next run of a deployment judges anew."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,6 +52,8 @@ class Judgement:
     gates: list[GateResult]
     champion: int | None
     """Version of the champion that it was set against; None: the SFT model, as there was no champion."""
+    terms: str = ""
+    """What it was judged by: see `terms`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,10 @@ def promote(
         if verdict.promoted:
             by = consent.by if consent else None
             _serve(store, candidate, champion, moves, history.PROMOTION, verdict.reason, by)
-        tracking.tag_version(store, name, version, _verdict_tags(verdict, candidate, champion, consent))
+        tags = _verdict_tags(verdict, candidate, champion, consent)
+        if judgement is not None:
+            tags[JUDGED] = (verdict.final and judgement.terms) or "not yet"
+        tracking.tag_version(store, name, version, tags)
         tracking.add_to_description(store, name, version, VERDICT, "\n".join(_verdict_lines(verdict)))
     return verdict
 
@@ -214,7 +227,7 @@ def judge(
             f"{_title(candidate)} stays a candidate: the champion changed from {was} to "
             f"{f'version {present}' if present else 'none'} while it was compared; run it again."
         )
-        return Verdict(False, reason, judgement.gates)
+        return Verdict(False, reason, judgement.gates, final=False)
     return decide(candidate, judgement.gates, consent)
 
 
@@ -231,7 +244,33 @@ def decide(candidate: Version, results: list[GateResult], consent: Consent | Non
     said = consent.sentence(candidate)
     if consent.decision == "approved":
         return Verdict(True, f"{_title(candidate)} becomes champion, {passed}; {said}.", results)
-    return Verdict(False, f"{_title(candidate)} stays a candidate, {passed}, but {said}.", results)
+    reason = f"{_title(candidate)} stays a candidate, {passed}, but {said}."
+    return Verdict(False, reason, results, final=consent.decision not in ("unasked", "failed"))
+
+
+def terms(config: RunConfig, refs: Mapping[str, StageRef]) -> str:
+    """What a verdict on a run's policy hangs on beside the champion: gates, judge, approval and what was measured.
+
+    16 hex digits; others call for another verdict.
+
+    Args:
+        refs: the run's finished stages by key; more than those that measure may be there.
+    """
+    settings = config.promote
+    measured = {key: refs[key].digest for key in ("reward", "gold", "evaluate", "verdicts") if key in refs}
+    tree = [settings.gates.sentences, settings.judge, settings.approval, measured]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settled(version: Version, terms: str) -> str | None:
+    """What has been decided on a version, by these terms or by a person; None where that is still to be done."""
+    if CHAMPION in version.aliases:
+        return "is the champion"
+    if "rolled_back_at" in version.tags:
+        return "was rolled back"
+    if version.tags.get(JUDGED) == terms:
+        return "was judged by these gates"
+    return None
 
 
 def needs_comparison(candidate: Version, champion: Version | None) -> bool:

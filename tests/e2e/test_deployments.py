@@ -104,7 +104,7 @@ def test_bad_parameters_are_refused_by_the_form(served: Any, prefect_api: str) -
 
 
 def test_a_stop_leaves_a_checkpoint_and_no_process(served: Any, folder: Path, prefect_api: str) -> None:
-    run_id = start(prefect_api, "nightly", force="ppo", only_if_new=False)
+    run_id = start(prefect_api, "nightly", force="ppo")
     served.wait_for(lambda: list((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json")), 200)
     started = time.monotonic()
     served.process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ def waiting(tmp_path: Path) -> Waiting:
     ref = StageRef("ppo", "f", "d", str(tmp_path / "ppo"), False, 1.5, {"kl": 2.0})
     made = Registration("chat-policy", 2, "chat-reward", 2, None, None, str(tmp_path), False)
     gate = GateResult("kl", "KL", "<= 15", True, 4.0, 3.0, 5.0, {})
-    return Waiting({"ppo": ref, "evaluate": ref}, made, Judgement([gate], 1), "run")
+    return Waiting({"ppo": ref, "evaluate": ref}, made, Judgement([gate], 1, "terms"), "run")
 
 
 def test_a_run_comes_back_with_what_it_waited_with(waiting: Waiting, tmp_path: Path) -> None:

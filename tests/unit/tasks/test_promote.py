@@ -4,7 +4,21 @@ import threading
 import pytest
 
 from tasks import events, gates, history, tracking
-from tasks.promote import Consent, Judgement, decide, judge, look, needs_comparison, promote, resolve, roll_back
+from tasks.config import parse
+from tasks.promote import (
+    Consent,
+    Judgement,
+    decide,
+    judge,
+    look,
+    needs_comparison,
+    promote,
+    resolve,
+    roll_back,
+    settled,
+    terms,
+)
+from tasks.stages import StageRef
 from tasks.tracking import Version
 
 
@@ -336,3 +350,53 @@ def test_who_approved_stands_in_the_history_and_who_rejected_at_the_version(stor
     assert (first["approval"], first["promoted_by"]) == ("approved by Ann", "Ann")
     assert second["approval"] == "rejected by Bo"
     assert "Bo rejected it (curt)" in second["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("passed", "against", "consent", "is_final"),
+    [
+        (False, 1, None, True),
+        (True, 1, Consent("rejected", "Bo"), True),
+        (True, 1, Consent("undecided"), True),
+        (True, 1, Consent("cancelled"), True),
+        (True, 1, Consent("failed"), False),
+        (True, 1, Consent("unasked"), False),
+        (False, None, None, False),  # the champion changed while it was compared
+    ],
+)
+def test_a_verdict_that_was_not_to_be_given_yet_leaves_the_candidate_to_be_judged(
+    store, tmp_path, passed, against, consent, is_final
+):
+    name = f"open-{passed}-{against}-{consent.decision if consent else None}-policy"
+    for digest in ("champion", "candidate"):
+        tracking.register_version(store, name, tmp_path, None, {"digest": digest})
+    promote(store, name, 1)
+    assert settled(tracking.find_version(store, name, 2), "terms") is None
+    promote(store, name, 2, Judgement([gate(False)], 1, "terms"))  # an earlier verdict
+    promote(store, name, 2, Judgement([gate(passed)], against, "terms"), consent=consent)
+    candidate = tracking.find_version(store, name, 2)
+    assert settled(candidate, "terms") == ("was judged by these gates" if is_final else None)
+    assert settled(candidate, "other terms") is None
+
+
+def test_what_a_person_or_the_gates_made_champion_or_a_person_took_back_is_settled(store, tmp_path):
+    registered(store, tmp_path, "settled", 2)
+    promote(store, "settled-policy", 1)
+    promote(store, "settled-policy", 2)
+    assert settled(tracking.find_version(store, "settled-policy", 2), "any") == "is the champion"
+    assert settled(tracking.find_version(store, "settled-policy", 1), "any") is None
+    roll_back(store, "settled-policy", 2)
+    assert settled(tracking.find_version(store, "settled-policy", 2), "any") == "was rolled back"
+
+
+def test_terms_are_gates_judge_approval_and_what_was_measured():
+    def ref(digest):
+        return StageRef("evaluate", "f", digest, "/x", True, 1.0, {})
+
+    def of(refs=None, **promoted):
+        return terms(parse({"promote": promoted}), refs or {"evaluate": ref("a"), "compare": ref("b")})
+
+    same = (of(), of(approval_hours=1.0, reminder_hours=1.0), of({"evaluate": ref("a")}))
+    assert len(set(same)) == 1
+    others = (of(gates={"kl": "<= 15"}), of(judge="reward"), of(approval="manual"), of({"evaluate": ref("c")}))
+    assert len({same[0], *others}) == 5

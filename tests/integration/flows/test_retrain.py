@@ -1,0 +1,102 @@
+"""What a run does that starts again, and one whose stages are all there: the flow, on a Prefect server, without its
+stages."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+
+from flows import retrain as module
+from flows.retrain import Outcome, retrain
+from tasks import plan, stages, tracking
+from tasks.approval import Waiting
+from tasks.config import RunConfig, parse
+from tasks.gates import GateResult
+from tasks.promote import Judgement, terms
+from tasks.register import Registration, registration_stage
+from tasks.stages import Stage, StageRef
+from tasks.steps import Run
+
+TINY = {"hidden_size": 32, "layers": 1, "heads": 2, "vocab_size": 400, "positions": 512}
+MISSED = GateResult("win_rate_vs_champion", "win rate", ">= 0.52", False, 0.5, 0.4, 0.6, {})
+
+
+class Steps:
+    """Stands for the steps after registration: the candidate misses its gate."""
+
+    def __init__(self, refs: Mapping[str, StageRef]) -> None:
+        self.refs = refs
+        self.begun = 0
+        self.ends: BaseException | None = None
+        """What ends them while the candidate is compared with the champion."""
+
+    def __call__(self, run: Run, outcome: Outcome) -> Iterator[None]:
+        self.begun += 1
+        if self.ends is not None:
+            raise self.ends
+        made = Registration("unit-policy", 1, "unit-reward", 1, None, None, "", True)
+        judgement = Judgement([MISSED], None, terms(run.config, self.refs))
+        module._decide(run, outcome, Waiting({}, made, judgement, run.run_id))
+        yield
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "name": "unit",
+        "workspace": str(tmp_path / "workspace"),
+        "data": {"demo": {"pairs": 200}},
+        "models": {"policy": TINY},
+    }
+
+
+@pytest.fixture
+def config(tree: dict[str, Any]) -> RunConfig:
+    return parse(tree)
+
+
+@pytest.fixture
+def steps(config: RunConfig, prefect: str, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Of runs whose stages are finished and whose models are registered."""
+
+    def work(directory: Path) -> dict[str, Any]:
+        (directory / "out").write_text(directory.parent.name)
+        return {}
+
+    workspace = Path(config.workspace)
+    refs = {name: stages.run(Stage(name, workspace, {}, {}, ()), work) for name in ("reward", "ppo", "evaluate")}
+    stages.run(registration_stage(config, refs), work)
+    store = tracking.open_store(workspace)
+    for model, stage in (("unit-policy", "ppo"), ("unit-reward", "reward")):
+        tracking.register_version(store, model, workspace, None, {"digest": refs[stage].digest})
+    found = Steps(refs)
+    monkeypatch.setattr(plan, "finished", lambda config: refs)
+    monkeypatch.setattr(module, "_steps", found)
+    return found
+
+
+def scheduled(config: RunConfig, **choice: str) -> str:
+    """The message of a run as a schedule starts it, or by its form with a choice."""
+    state = retrain(config, **choice, only_if_new=True, return_state=True)
+    assert isinstance(state, State)
+    return str(state.message)
+
+
+def test_a_candidate_is_judged_by_the_next_run_if_its_own_could_not(
+    config: RunConfig, tree: dict[str, Any], steps: Steps
+) -> None:
+    steps.ends = ConnectionError("the judge gives no answer")
+    assert "the judge gives no answer" in scheduled(config)
+    steps.ends = None
+    assert "Nothing new" not in scheduled(config)
+    nothing = "Nothing new: data, config and code are those of unit-policy version 1, which was judged by these gates."
+    assert scheduled(config) == nothing
+    assert steps.begun == 2
+    for choice in ({"force": "ppo"}, {"until": "promote"}):
+        assert "Nothing new" not in scheduled(config, **choice)
+    lower = parse(tree | {"promote": {"gates": {"win_rate_vs_champion": ">= 0.4"}}})
+    assert "Nothing new" not in scheduled(lower)
+    assert "Nothing new" in scheduled(lower)
+    assert steps.begun == 5

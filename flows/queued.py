@@ -2,7 +2,7 @@
 
 A run that an event started reads the sets as they are when it begins. So the one that begins has seen all that those
 behind it in the queue were started for, and they are cancelled; those that come later stay, as does what a person or
-the schedule started.
+the schedule started, and a run that goes on: after a person's answer, or from its checkpoints.
 """
 
 from uuid import UUID
@@ -28,7 +28,7 @@ BY_EVENTS = FlowRunFilter(
 
 
 def cancel_covered() -> None:
-    """Cancel the waiting runs of this run's deployment that events started with the parameters of this one.
+    """Cancel the runs of this run's deployment that events started with its parameters and that have not begun.
 
     Call it before the run looks at what there is; outside of a deployment it does nothing.
     """
@@ -40,7 +40,7 @@ def cancel_covered() -> None:
     with get_client(sync_client=True) as client:
         parameters = client.read_flow_run(own).parameters
         waiting = client.read_flow_runs(deployment_filter=of_deployment, flow_run_filter=BY_EVENTS)
-        covered = [run for run in waiting if run.id != own and run.parameters == parameters]
+        covered = [run for run in waiting if run.run_count == 0 and run.parameters == parameters and run.id != own]
         for run in covered:
             client.set_flow_run_state(run.id, Cancelled(message=message))
     if covered:

@@ -37,7 +37,7 @@ from tasks.stages import StageRef
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TOKEN = "t0ken-of-the-webhook"
-SET = "Dahoas/rm-static"
+SET, OTHER_SET = "Dahoas/rm-static", "stanfordnlp/SHP"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,10 @@ def test_changes_that_others_see_start_a_run_and_the_own_ones_none(client: SyncP
     def beginning(config: dict[str, Any], only_if_new: bool) -> None:
         cancel_covered()
 
+    resumed = started.pop()
+    client.set_flow_run_state(resumed.id, Running(), force=True)
+    client.set_flow_run_state(resumed.id, Suspended(timeout_seconds=60), force=True)
+    client.resume_flow_run(resumed.id)  # approved, and no worker has taken it up yet
     by_hand = client.create_flow_run_from_deployment(deployed)
     changed = client.create_flow_run_from_deployment(deployed, parameters={"only_if_new": False})
     run_flow(beginning, flow_run=changed)
@@ -204,6 +208,7 @@ def test_changes_that_others_see_start_a_run_and_the_own_ones_none(client: SyncP
     assert second.is_cancelled()
     assert f"The run {started[0].name} began after this" in second.message
     assert other_.is_scheduled()
+    assert client.read_flow_run(resumed.id).state.name == "Resuming"
 
 
 def test_a_champion_below_its_gate_starts_a_run_in_any_case(client: SyncPrefectClient, deployed: UUID) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from tasks.config import ApiJudgeConfig, ConfigError
 from tasks.paired import estimate
+from tasks.stages import write_text
 
 VERDICTS = "verdicts.jsonl"
 OF_EMA = "verdicts-ema.jsonl"
@@ -101,8 +102,11 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     """The verdicts so far; what a kill cut short is taken out of the file."""
     if not path.exists():
         return []
-    whole = list(_whole_lines(path.read_text(encoding="utf-8")))
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in whole), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    whole = list(_whole_lines(text))
+    kept = "".join(f"{json.dumps(row)}\n" for row in whole)
+    if kept != text:
+        write_text(path, kept)
     return whole
 
 

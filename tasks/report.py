@@ -14,7 +14,7 @@ from tasks import data_report, evaluation_report, figures, page
 from tasks.data_report import metrics_of
 from tasks.evaluation_report import gain_in_std
 from tasks.gates import GateResult
-from tasks.stages import StageRef, read_manifest
+from tasks.stages import StageRef, read_manifest, write_text
 
 SAMPLES = 8
 DRAWN = ("sft", "reward", "ppo", "evaluate")
@@ -70,9 +70,7 @@ def write(path: Path, run: RunSummary) -> Path:
     """Write the report. Returns its path."""
     html = render(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(path)
+    write_text(path, html)
     return path
 
 

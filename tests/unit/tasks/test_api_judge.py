@@ -130,6 +130,21 @@ def test_an_api_that_is_down_keeps_what_was_said_and_the_next_run_goes_on(serve:
     assert found["win_rate"] == pytest.approx(2 / 3)
 
 
+def test_what_was_paid_for_lies_there_while_a_line_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / api_judge.VERDICTS
+    write_rows(path, [{"won": 1.0}, {"won": None}])
+    whole = path.read_text()
+    written = path.stat().st_mtime_ns
+    assert len(api_judge.read_verdicts(path)) == 2
+    assert path.stat().st_mtime_ns == written, "nothing to take out, nothing written"
+    path.write_text(cut := f'{whole}{{"won": 1.0, "ver')
+    with path.open() as file:
+        assert len(api_judge.read_verdicts(path)) == 2
+        assert file.read() == cut, "it was written over, which a kill would cut short"
+    assert path.read_text() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_key_is_in_the_header_and_nowhere_else(
     serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,9 @@ Prefect's server does what an automation says at least once: where its database 
 run may be scheduled twice, and be started by a worker a second time while the first start is at work.
 """
 
+import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,7 +23,7 @@ def alone(workspace: Path, flow_run_id: str) -> Iterator[None]:
 
     Raises Prefect's Abort in the second, which leaves the run's state to the first.
     """
-    path = workspace / "running" / f"{flow_run_id}.lock"
+    path = _lock_of(workspace, flow_run_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -35,3 +36,16 @@ def alone(workspace: Path, flow_run_id: str) -> Iterator[None]:
     finally:
         path.unlink()
         lock.release()
+
+
+def died(workspace: Path, flow_run_id: str) -> bool:
+    """Whether a process of a flow run was killed at work in the workspace, and no other goes on with it now."""
+    path = _lock_of(workspace, flow_run_id)
+    with suppress(OSError), path.open() as file:  # it is not there, or held
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.exists()  # who ends in order removes it before the lock is given back
+    return False
+
+
+def _lock_of(workspace: Path, flow_run_id: str) -> Path:
+    return workspace / "running" / f"{flow_run_id}.lock"

@@ -20,7 +20,7 @@ from prefect.exceptions import Pause
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.alone import alone
+from flows.alone import alone, died
 from flows.approval import consent, ended
 from flows.prepare import preparation
 from flows.promotion import promotion
@@ -136,15 +136,18 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
         steps.infrastructure(config)  # a run on GPUs that are not there ends here, before any work
         plan.check_finished(config, choice)
     store = tracking.open_store(workspace)
+    # What this run itself left running is of a try that was killed.
+    tracking.end_dead(store, lambda run: run == str(flow_run.id) or died(workspace, run))
     approval.settle(store, workspace, ended)
     look(store, policy_name(config.name))
-    if waiting is not None:
-        run_id = waiting.mlflow_run
+    left = waiting.mlflow_run if waiting else tracking.run_of(store, str(flow_run.id))
+    if left is not None:
+        run_id = left
         tracking.set_status(store, run_id, "RUNNING")
     elif only_if_new and choice == Choice() and flow_run.run_count <= 1 and (known := _nothing_new(store, config)):
         return Completed(message=known)
     else:
-        origin = {"prefect.flow_run": name, "prefect.flow_run_id": str(flow_run.id)}
+        origin = {"prefect.flow_run": name, tracking.FLOW_RUN: str(flow_run.id)}
         run_id = tracking.start_run(store, config, origin, name)
     outcome = Outcome()
     try:

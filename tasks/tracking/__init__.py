@@ -37,11 +37,14 @@ from tasks.tracking.registry import (
     versions,
 )
 from tasks.tracking.runs import (
+    FLOW_RUN,
+    end_dead,
     end_run,
     finish_stage,
     link_cached,
     log_file,
     log_table,
+    run_of,
     set_status,
     stage_run,
     start_run,
@@ -52,6 +55,7 @@ from tasks.tracking.tracker import Tracker
 __all__ = [
     "CANDIDATE",
     "CHAMPION",
+    "FLOW_RUN",
     "PREVIOUS",
     "Source",
     "Store",
@@ -61,6 +65,7 @@ __all__ = [
     "alias",
     "connect",
     "delete_version",
+    "end_dead",
     "end_run",
     "fetch_version",
     "find_version",
@@ -81,6 +86,7 @@ __all__ = [
     "register_version",
     "registered_names",
     "registry_lock",
+    "run_of",
     "run_url",
     "set_alias",
     "set_status",

@@ -4,7 +4,7 @@ import getpass
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from tasks.tracking.redaction import allowed, flattened, redacted, without_crede
 from tasks.tracking.store import Store, connect
 
 RUN_FILE = "mlflow.json"
+FLOW_RUN = "prefect.flow_run_id"
+"""Tag of the run of a flow run: the flow run's id."""
 
 
 def start_run(store: Store, config: RunConfig, tags: Mapping[str, str], run_name: str | None = None) -> str:
@@ -26,6 +28,25 @@ def start_run(store: Store, config: RunConfig, tags: Mapping[str, str], run_name
     _log_params(store, run_id, tree)
     connect(store.uri).log_text(run_id, yaml.safe_dump(redacted(tree), sort_keys=False), "config.yaml")
     return run_id
+
+
+def run_of(store: Store, flow_run_id: str) -> str | None:
+    """The id of the MLflow run that an earlier start of a flow run has left; None where there was none."""
+    found = connect(store.uri).search_runs([store.experiment_id], f"tags.`{FLOW_RUN}` = '{flow_run_id}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def end_dead(store: Store, died: Callable[[str], bool]) -> None:
+    """End the runs of flow runs that were killed, and those of their stages: KILLED.
+
+    Args:
+        died: flow run id -> whether its process is known to be dead.
+    """
+    running = connect(store.uri).search_runs([store.experiment_id], "attributes.status = 'RUNNING'")
+    dead = {run.info.run_id for run in running if died(run.data.tags.get(FLOW_RUN, ""))}
+    for run in running:
+        if run.info.run_id in dead or run.data.tags.get("mlflow.parentRunId") in dead:
+            end_run(store, run.info.run_id, "KILLED")
 
 
 def end_run(store: Store, run_id: str, status: str) -> None:

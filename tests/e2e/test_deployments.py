@@ -16,6 +16,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.owned import processes_with
 from infra.servers import mlflow_server
+from tasks import tracking
+from tasks.tracking.store import EXPERIMENT
 from tests import canaries, judge
 from tests.api import ask, run_of, start, states
 from tests.canaries import CANARIES
@@ -71,7 +73,9 @@ def served(
     return serving
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(served: Any, folder: Path, prefect_api: str) -> None:
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    served: Any, folder: Path, prefect_api: str, mlflow: tuple[str, Path]
+) -> None:
     run_id = start(prefect_api, "nightly")
     served.wait_for(lambda: list((folder / "workspace" / "ppo").glob("*/checkpoints/latest.json")), 300)
     (flow,) = processes_with("PREFECT__FLOW_RUN_ID", run_id)[:1]
@@ -87,6 +91,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(served: Any, folder: Path, pre
     (directory,) = (folder / "workspace" / "ppo").glob("*/manifest.json")
     rows = (directory.parent / "records" / "metrics.jsonl").read_text().splitlines()
     assert len({json.loads(row)["step"] for row in rows}) == 8
+    client = tracking.connect(mlflow[0])
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.data.tags[tracking.FLOW_RUN] == run_id
+    stages = [run.data.tags["rlhf.stage"] for run in runs if run is not parent]
+    assert sorted(stages) == ["base", "evaluate", "ppo", "reward", "sft"]
 
 
 def test_a_run_with_nothing_new_ends_at_once(served: Any, prefect_api: str) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.schemas.objects import State
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.flow_engine import run_flow
+from prefect.states import Crashed, Running, Scheduled
 
 from flows import retrain as module
+from flows.alone import alone
 from flows.retrain import Outcome, retrain
 from tasks import plan, stages, tracking
 from tasks.approval import Waiting
@@ -100,3 +104,53 @@ def test_a_candidate_is_judged_by_the_next_run_if_its_own_could_not(
     assert "Nothing new" not in scheduled(lower)
     assert "Nothing new" in scheduled(lower)
     assert steps.begun == 5
+
+
+def crashed(config: RunConfig, times: int) -> FlowRun:
+    """A run that crashed so often, and left an MLflow run each time as a kill leaves it; it is scheduled again."""
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(
+            retrain, parameters={"config": config.model_dump(mode="json"), "only_if_new": True}
+        )
+        for _ in range(times):
+            client.set_flow_run_state(run.id, Running(), force=True)
+        client.set_flow_run_state(run.id, Crashed(), force=True)
+        client.set_flow_run_state(run.id, Scheduled(name="Rescheduled"), force=True)
+        return client.read_flow_run(run.id)
+
+
+def left_by(config: RunConfig, flow_run_id: str) -> tuple[str, str]:
+    """The MLflow runs of a flow run that was killed and of its stage, with the file of its lock."""
+    workspace = Path(config.workspace)
+    store = tracking.open_store(workspace)
+    run_id = tracking.start_run(store, config, {tracking.FLOW_RUN: flow_run_id})
+    (workspace / "running").mkdir(exist_ok=True)
+    (workspace / "running" / f"{flow_run_id}.lock").touch()
+    return run_id, tracking.stage_run(store, run_id, "ppo", workspace / flow_run_id)
+
+
+def statuses(config: RunConfig) -> dict[str, str]:
+    store = tracking.open_store(Path(config.workspace))
+    runs = tracking.connect(store.uri).search_runs([store.experiment_id])
+    return {run.info.run_id: run.info.status for run in runs}
+
+
+def test_a_run_that_starts_again_goes_on_with_its_mlflow_run(config: RunConfig, steps: Steps) -> None:
+    scheduled(config)
+    known = statuses(config)
+    again = crashed(config, times=1)
+    run_id, stage = left_by(config, str(again.id))
+    run_flow(retrain, flow_run=again)
+    assert steps.begun == 2, "it tells what it came to, though the candidate has its verdict"
+    assert statuses(config) == known | {run_id: "FINISHED", stage: "KILLED"}
+
+
+def test_what_a_killed_run_left_running_is_ended_by_the_next(config: RunConfig, steps: Steps) -> None:
+    dead, its_stage = left_by(config, "dead")
+    alive, _ = left_by(config, "alive")
+    elsewhere, _ = left_by(config, "elsewhere")
+    (Path(config.workspace) / "running" / "elsewhere.lock").unlink()
+    with alone(Path(config.workspace), "alive"):
+        scheduled(config)
+    found = statuses(config)
+    assert [found[run_id] for run_id in (dead, its_stage, alive, elsewhere)] == ["KILLED"] * 2 + ["RUNNING"] * 2

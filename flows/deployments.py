@@ -5,7 +5,7 @@
 
 A run that dies without a word (kill -9, the machine) is found and starts again: Prefect's server takes a run whose
 heartbeats stop for crashed, and a crashed run is scheduled anew, as the same run, which goes on from its checkpoints;
-after `retrain.MOST_TRIES` tries it fails. This, starts by events and notifications are `flows.automations`.
+after `retrain.MOST_RESTARTS` such starts it fails. This, starts by events and notifications are `flows.automations`.
 
 Run as a program it serves the request of its one argument, a JSON object: `rlhf serve` starts it under a supervisor,
 since Prefect's runner leaves the flows' processes behind when it is stopped.

@@ -57,7 +57,7 @@ from tasks.stages import StageRef
 from tasks.steps import Run, open_run
 
 Refs = dict[str, StageRef]
-MOST_TRIES = 5
+MOST_RESTARTS = 5
 """Of a deployment's run that crashes and is scheduled again."""
 
 
@@ -114,10 +114,6 @@ def retrain(
 
     Returns a Result; None, by a completed state that says so, if there was nothing new.
     """
-    if (flow_run.run_count or 1) > MOST_TRIES:
-        raise RuntimeError(
-            f"The run was started {MOST_TRIES} times without coming to its end; mend that, start another."
-        )
     with alone(dag.workspace(config), str(flow_run.id)), prune.in_use(dag.workspace(config)):
         return _retrained(config, Choice(from_stage, until, force), only_if_new)
 
@@ -151,6 +147,7 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
         run_id = tracking.start_run(store, config, origin, name)
     outcome = Outcome()
     try:
+        _check_restarts()
         # The run's tag is for finding runs: every task that bears one asks the server for a slot of its limit.
         with witnessed(), TagsContext(current_tags=set()):
             run = open_run(config, choice, run_id)
@@ -174,6 +171,14 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     approval.forget(workspace, str(flow_run.id))
     unfinished.forget(workspace, str(flow_run.id))
     return result
+
+
+def _check_restarts() -> None:
+    """RuntimeError if the run crashed too often. Prefect does not count its return from a person's decision."""
+    if flow_run.run_count - 1 > MOST_RESTARTS:
+        raise RuntimeError(
+            f"The run started again {MOST_RESTARTS} times without coming to its end; mend that, start another."
+        )
 
 
 def _nothing_new(store: tracking.Store, config: RunConfig) -> str | None:

@@ -37,7 +37,7 @@ from tasks.stages import StageRef
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TOKEN = "t0ken-of-the-webhook"
-SET, OTHER_SET = "Dahoas/rm-static", "stanfordnlp/SHP"
+SET = "Dahoas/rm-static"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from prefect.states import Crashed, Running, Scheduled
 from flows import retrain as module
 from flows.alone import alone
 from flows.retrain import Outcome, retrain
-from tasks import plan, stages, tracking
+from tasks import plan, stages, tracking, unfinished
 from tasks.approval import Waiting
 from tasks.config import RunConfig, parse
 from tasks.gates import GateResult
@@ -138,11 +138,23 @@ def statuses(config: RunConfig) -> dict[str, str]:
 def test_a_run_that_starts_again_goes_on_with_its_mlflow_run(config: RunConfig, steps: Steps) -> None:
     scheduled(config)
     known = statuses(config)
-    again = crashed(config, times=1)
+    again = crashed(config, times=5)
     run_id, stage = left_by(config, str(again.id))
     run_flow(retrain, flow_run=again)
     assert steps.begun == 2, "it tells what it came to, though the candidate has its verdict"
     assert statuses(config) == known | {run_id: "FINISHED", stage: "KILLED"}
+
+
+def test_a_run_that_crashed_once_more_has_ended(config: RunConfig, steps: Steps) -> None:
+    workspace = Path(config.workspace)
+    run = crashed(config, times=6)
+    run_id, _ = left_by(config, str(run.id))
+    unfinished.note(workspace, str(run.id), workspace / "ppo")
+    with pytest.raises(RuntimeError, match="The run started again 5 times without coming to its end"):
+        run_flow(retrain, flow_run=run)
+    assert steps.begun == 0
+    assert statuses(config)[run_id] == "FAILED"
+    assert list((workspace / "unfinished").iterdir()) == []
 
 
 def test_what_a_killed_run_left_running_is_ended_by_the_next(config: RunConfig, steps: Steps) -> None:

@@ -8,8 +8,8 @@ what is too long is dropped and counted.
 
 What a reward model is judged on, and the prompts that a policy is, are those held out in any phase, their own first:
 nothing is trained on them, and the more there are, the narrower are the intervals of accuracy and win rate. SFT's
-perplexity needs no more than its own. They come in the order of a hash of their groups, not source by source, so that
-who reads the first so many reads of all sources.
+perplexity needs no more than its own. They come in the order of a hash of their prompts, not source by source or group
+by group, so that who reads the first so many reads of all.
 """
 
 from collections import Counter, deque
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.keys import fraction, messages_digest
+from data_prep.keys import fraction, messages_digest, prompt_group
 from data_prep.splits import PHASES, SIDES
 from data_prep.spread import Mapper
 from data_prep.tables import MESSAGES, iter_rows, table_writer
@@ -124,8 +124,11 @@ def _check_left(phase: str, side: str, counts: dict[str, Any], limits: Limits) -
 
 
 def _by_hash(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table in an order that stays as it is when others come between them."""
-    return sorted(iter_rows(path), key=lambda row: fraction("order", row["group"]))
+    """The rows of a table in an order that stays as it is when others come between them.
+
+    Not that of their groups: one that thousands of conversations with the same first turn make would be one block.
+    """
+    return sorted(iter_rows(path), key=lambda row: fraction("order", prompt_group(row["prompt"])))
 
 
 def _tokenise_file(

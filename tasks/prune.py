@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -110,9 +110,16 @@ def carry_out(store: Store, planned: Plan) -> list[Removal]:
 @contextmanager
 def in_use(workspace: Path) -> Iterator[None]:
     """Held by a run, and by a command while it reads models or data, so that nothing is removed under them; any number
-    may hold it, and a dead process does not."""
+    may hold it, and a dead process does not. Who may only read the workspace goes without where the file is not there.
+    """
     workspace.mkdir(parents=True, exist_ok=True)
-    with (workspace / LOCK).open("w") as file:
+    path = workspace / LOCK
+    with suppress(OSError):
+        path.touch()
+    if not path.exists():
+        yield
+        return
+    with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 

@@ -108,3 +108,8 @@ def test_an_endpoint_while_it_loads(store: Store, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("flows.cli.serving.time", SimpleNamespace(sleep=lambda _: None))
     CliRunner().invoke(app, ["serve-model", "models:/chat-policy@champion", "--workspace", str(workspace)])
     assert seen == [("loads", True), ("serves", False), ("switches", True), ("serves", False)]
+
+
+def test_a_workspace_that_may_only_be_read_is_read() -> None:
+    with prune.in_use(Path("/proc/self")):  # nobody makes a file there
+        assert not (Path("/proc/self") / prune.LOCK).exists()

@@ -161,7 +161,8 @@ def serve_supervised(command: list[str], api_url: str) -> int:
 def tell_stopped(api_url: str, runs: Collection[UUID]) -> None:
     """Tell Prefect of the runs that ended with their runner, which had no time to: they have crashed, not run on.
 
-    So they are scheduled again, and go on when the deployment is served the next time.
+    So they are scheduled again, and go on when the deployment is served the next time. One that the runner had just
+    taken up, whose process was not there yet, is not known here: it stays Pending, and is to be started anew.
     """
     with temporary_settings({PREFECT_API_URL: api_url}), get_client(sync_client=True) as client:
         unended = FlowRunFilter(id={"any_": list(runs)}, state={"type": {"any_": ["RUNNING", "PENDING"]}})

@@ -1,6 +1,7 @@
 """A flow run is one MLflow run, each of its stages a run nested in it."""
 
 import getpass
+import hashlib
 import json
 import math
 import time
@@ -19,21 +20,29 @@ from tasks.tracking.store import Store, connect
 RUN_FILE = "mlflow.json"
 FLOW_RUN = "prefect.flow_run_id"
 """Tag of the run of a flow run: the flow run's id."""
+CONFIG = "rlhf.config"
+"""Tag of the run of a flow run: which config it has, with the models' versions that its aliases named then."""
 
 
 def start_run(store: Store, config: RunConfig, tags: Mapping[str, str], run_name: str | None = None) -> str:
     """Start the MLflow run of a flow run, with its resolved config as params and as config.yaml. Returns its id."""
     tree = config.model_dump(mode="json")
-    run_id = _create_run(store, run_name or config.name, {"rlhf.name": config.name, **tags})
+    known = {"rlhf.name": config.name, CONFIG: _digest(config)}
+    run_id = _create_run(store, run_name or config.name, known | dict(tags))
     _log_params(store, run_id, tree)
     connect(store.uri).log_text(run_id, yaml.safe_dump(redacted(tree), sort_keys=False), "config.yaml")
     return run_id
 
 
-def run_of(store: Store, flow_run_id: str) -> str | None:
-    """The id of the MLflow run that an earlier start of a flow run has left; None where there was none."""
-    found = connect(store.uri).search_runs([store.experiment_id], f"tags.`{FLOW_RUN}` = '{flow_run_id}'", max_results=1)
+def run_of(store: Store, flow_run_id: str, config: RunConfig) -> str | None:
+    """The id of the MLflow run that an earlier start of a flow run by this config has left; None if there is none."""
+    same = f"tags.`{FLOW_RUN}` = '{flow_run_id}' and tags.`{CONFIG}` = '{_digest(config)}'"
+    found = connect(store.uri).search_runs([store.experiment_id], same, max_results=1)
     return str(found[0].info.run_id) if found else None
+
+
+def _digest(config: RunConfig) -> str:
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
 
 
 def end_dead(store: Store, died: Callable[[str], bool]) -> None:

@@ -145,6 +145,17 @@ def test_a_run_that_starts_again_goes_on_with_its_mlflow_run(config: RunConfig, 
     assert statuses(config) == known | {run_id: "FINISHED", stage: "KILLED"}
 
 
+def test_a_run_that_starts_again_by_another_version_of_its_base_has_a_run_of_its_own(
+    tree: dict[str, Any], config: RunConfig, steps: Steps
+) -> None:
+    again = crashed(config, times=1)
+    first, _ = left_by(parse(tree | {"models": {"policy": TINY | {"layers": 2}}}), str(again.id))
+    run_flow(retrain, flow_run=again)
+    found = statuses(config)
+    assert found.pop(first) == "KILLED"
+    assert sorted(found.values()) == ["FINISHED", "KILLED"]
+
+
 def test_a_run_that_crashed_once_more_has_ended(config: RunConfig, steps: Steps) -> None:
     workspace = Path(config.workspace)
     run = crashed(config, times=6)

@@ -5,7 +5,7 @@ finished is never made again. What the run came to is written to a report.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,6 +50,7 @@ from tasks import (
 from tasks.approval import Waiting
 from tasks.config import RunConfig
 from tasks.dag import Choice
+from tasks.history import Move
 from tasks.promote import Judgement, Verdict, look, needs_comparison, settled, terms
 from tasks.register import Registration, policy_name, register_models, registered_already
 from tasks.report import StepRow
@@ -135,12 +136,13 @@ def _retrained(config: RunConfig, choice: Choice, only_if_new: bool) -> "Result 
     # What this run itself left running is of a try that was killed.
     tracking.end_dead(store, lambda run: run == str(flow_run.id) or died(workspace, run))
     approval.settle(store, workspace, ended)
-    look(store, policy_name(config.name))
-    left = waiting.mlflow_run if waiting else tracking.run_of(store, str(flow_run.id))
+    moves = look(store, policy_name(config.name))
+    may_end = only_if_new and choice == Choice() and flow_run.run_count <= 1
+    left = waiting.mlflow_run if waiting else tracking.run_of(store, str(flow_run.id), config)
     if left is not None:
         run_id = left
         tracking.set_status(store, run_id, "RUNNING")
-    elif only_if_new and choice == Choice() and flow_run.run_count <= 1 and (known := _nothing_new(store, config)):
+    elif may_end and (known := _nothing_new(store, config, moves)):
         return Completed(message=known)
     else:
         origin = {"prefect.flow_run": name, tracking.FLOW_RUN: str(flow_run.id)}
@@ -181,7 +183,7 @@ def _check_restarts() -> None:
         )
 
 
-def _nothing_new(store: tracking.Store, config: RunConfig) -> str | None:
+def _nothing_new(store: tracking.Store, config: RunConfig, moves: Sequence[Move]) -> str | None:
     """Why a run would change nothing, as a sentence; None where a stage is to be made or a candidate to be judged."""
     done = plan.finished(config)
     if done is None or not registered_already(store, config, done):
@@ -189,7 +191,7 @@ def _nothing_new(store: tracking.Store, config: RunConfig) -> str | None:
     known = tracking.versions(store, policy_name(config.name))
     version = next(entry for entry in known if entry.digest == done["ppo"].digest)
     waits = approval.where_to_decide(version.tags)
-    what = f"waits for approval: {waits}" if waits else settled(version, terms(config, done))
+    what = f"waits for approval: {waits}" if waits else settled(version, moves, terms(config, done))
     same = f"data, config and code are those of {version.name} version {version.version}"
     return what and f"Nothing new: {same}, which {what}."
 

@@ -157,7 +157,8 @@ def follow(store: Store, name: str) -> list[Move]:
     known = history.moves(store, name)
     moves = history.noticed(store, name)
     champion = tracking.alias(store, name, CHAMPION)
-    _point(store, name, CHAMPION, champion)
+    # The policy's own alias is only read: it is what says who serves, and another machine may be moving it.
+    _point_companions(store, name, CHAMPION, champion)
     _point_previous(store, name, moves)
     if len(moves) > len(known) and champion is not None:
         before = f"instead of version {moves[-1].before}" if moves[-1].before else "as the first"
@@ -181,7 +182,9 @@ def _serve(
     by: str | None = None,
 ) -> None:
     """Move the aliases and record it, as done `by` whoever approved it or else by who runs this process."""
-    _point(store, version.name, CHAMPION, version)
+    # The policy last: whoever sees the new policy serve finds its reward model in place.
+    _point_companions(store, version.name, CHAMPION, version)
+    tracking.set_alias(store, version.name, CHAMPION, version.version)
     before = champion.version if champion else None
     move = history.record(store, version.name, kind, before, version.version, why, by)
     _point_previous(store, version.name, [*moves, move])
@@ -191,19 +194,18 @@ def _point_previous(store: Store, name: str, moves: Sequence[Move]) -> None:
     """The alias `previous` of a policy and its companions: what a rollback would go to."""
     known = {entry.version: entry for entry in tracking.versions(store, name)}
     number = history.previous(moves, set(known))
-    _point(store, name, PREVIOUS, known[number] if number is not None else None)
+    _point_companions(store, name, PREVIOUS, known[number] if number is not None else None)
+    tracking.set_alias(store, name, PREVIOUS, number)
 
 
-def _point(store: Store, name: str, alias: str, version: Version | None) -> None:
-    """Point an alias of a policy and of its companions at a version and at what goes with it.
+def _point_companions(store: Store, name: str, alias: str, version: Version | None) -> None:
+    """Point an alias of a policy's companions at what goes with a version of it.
 
-    Of a companion that the version lacks it is taken away, of all of them where the version is None.
+    Of a companion that the version lacks it is taken away, of both where the version is None.
     """
-    found = [version, *companions(store, version)] if version is not None else []
-    wanted = {entry.name: entry.version for entry in found}
+    wanted = {entry.name: entry.version for entry in (companions(store, version) if version is not None else [])}
     stem = name.removesuffix(POLICY)
-    # The policy last: whoever sees the new policy serve finds its reward model in place.
-    for model in (stem + REWARD, stem + EMA, name):
+    for model in (stem + REWARD, stem + EMA):
         tracking.set_alias(store, model, alias, wanted.get(model))
 
 
@@ -262,12 +264,15 @@ def terms(config: RunConfig, refs: Mapping[str, StageRef]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def settled(version: Version, terms: str) -> str | None:
-    """What has been decided on a version, by these terms or by a person; None where that is still to be done."""
+def settled(version: Version, moves: Sequence[Move], terms: str) -> str | None:
+    """What has been decided on a version of a policy with these moves; None where that is still to be done.
+
+    One that served and was replaced, perhaps by a person, does not come back by itself, whatever the terms are now.
+    """
     if CHAMPION in version.aliases:
         return "is the champion"
-    if "rolled_back_at" in version.tags:
-        return "was rolled back"
+    if any(move.before == version.version for move in moves):
+        return "has served before"
     if version.tags.get(JUDGED) == terms:
         return "was judged by these gates"
     return None

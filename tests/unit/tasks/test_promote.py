@@ -18,6 +18,7 @@ from tasks.promote import (
     settled,
     terms,
 )
+from tasks.registered import companions
 from tasks.stages import StageRef
 from tasks.tracking import Version
 
@@ -371,22 +372,40 @@ def test_a_verdict_that_was_not_to_be_given_yet_leaves_the_candidate_to_be_judge
     for digest in ("champion", "candidate"):
         tracking.register_version(store, name, tmp_path, None, {"digest": digest})
     promote(store, name, 1)
-    assert settled(tracking.find_version(store, name, 2), "terms") is None
+    assert settled(tracking.find_version(store, name, 2), [], "terms") is None
     promote(store, name, 2, Judgement([gate(False)], 1, "terms"))  # an earlier verdict
     promote(store, name, 2, Judgement([gate(passed)], against, "terms"), consent=consent)
     candidate = tracking.find_version(store, name, 2)
-    assert settled(candidate, "terms") == ("was judged by these gates" if is_final else None)
-    assert settled(candidate, "other terms") is None
+    assert settled(candidate, [], "terms") == ("was judged by these gates" if is_final else None)
+    assert settled(candidate, [], "other terms") is None
 
 
-def test_what_a_person_or_the_gates_made_champion_or_a_person_took_back_is_settled(store, tmp_path):
-    registered(store, tmp_path, "settled", 2)
+def test_what_served_or_serves_is_settled(store, tmp_path):
+    registered(store, tmp_path, "settled", 3)
     promote(store, "settled-policy", 1)
     promote(store, "settled-policy", 2)
-    assert settled(tracking.find_version(store, "settled-policy", 2), "any") == "is the champion"
-    assert settled(tracking.find_version(store, "settled-policy", 1), "any") is None
+
+    def of(number):
+        return settled(tracking.find_version(store, "settled-policy", number), look(store, "settled-policy"), "any")
+
+    assert [of(number) for number in (1, 2, 3)] == ["has served before", "is the champion", None]
     roll_back(store, "settled-policy", 2)
-    assert settled(tracking.find_version(store, "settled-policy", 2), "any") == "was rolled back"
+    assert [of(number) for number in (1, 2, 3)] == ["is the champion", "has served before", None]
+
+
+def test_a_look_leaves_it_to_others_to_move_the_champion(store, tmp_path, monkeypatch):
+    registered(store, tmp_path, "moving", 2)
+    promote(store, "moving-policy", 1)
+
+    def moved_meanwhile(*arguments):
+        tracking.set_alias(store, "moving-policy", "champion", 2)  # as another machine, which shares no lock, does
+        return companions(*arguments)
+
+    monkeypatch.setattr("tasks.promote.companions", moved_meanwhile)
+    look(store, "moving-policy")
+    monkeypatch.undo()
+    assert tracking.alias(store, "moving-policy", "champion").version == 2
+    assert look(store, "moving-policy")[-1].after == 2
 
 
 def test_terms_are_gates_judge_approval_and_what_was_measured():

@@ -33,7 +33,7 @@ def main(folder: str, mode: str, fields: str, fork: str = "") -> None:
         launch=Launch(**json.loads(fields)),
         env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
         on_line=lambda line: hold_the_pipes(Path(folder)) if fork and "is ready" in line else None,
-        on_wait=Path(folder, "waits").write_text,
+        on_wait=lambda sentence: write(Path(folder, "waits"), sentence),
     )
     Path(folder, "outcome").write_text(json.dumps(asdict(outcome)))
 
@@ -44,8 +44,14 @@ def hold_the_pipes(folder: Path) -> None:
     if child == 0:
         time.sleep(20)
         os._exit(0)
-    (folder / "forked.part").write_text(str(child))
-    (folder / "forked.part").rename(folder / "forked")  # who waits for the file finds it whole
+    write(folder / "forked", str(child))
+
+
+def write(path: Path, text: str) -> None:
+    """Who waits for the file finds it whole."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.rename(path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def main() -> None:
         subprocess.Popen(["sleep", "300"], start_new_session=True)
         signal.signal(signal.SIGTERM, lambda number, frame: (FOLDER / f"told.{RANK}").touch())
     print(f"rank {RANK} is ready")
-    (FOLDER / f"ready.{RANK}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    draft = FOLDER / f".ready.{RANK}"
+    draft.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    draft.rename(FOLDER / f"ready.{RANK}")  # who waits for the file finds it whole
     if MODE == "done":
         sys.exit(0)
     if MODE == "fails" and RANK == "0":

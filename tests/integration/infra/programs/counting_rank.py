@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from whole_files import write
+
 FOLDER, RANK = Path(sys.argv[1]), os.environ["RANK"]
 CHECKPOINT = f"checkpoint.{RANK}"
 
@@ -22,20 +24,13 @@ def main() -> None:
     count = begin or 0
     while begin is None or count < begin + 3:
         count += 1
-        write(f"counts.{RANK}", count)
+        write(FOLDER / f"counts.{RANK}", str(count))
         if stops:
-            write(CHECKPOINT, count)
+            write(FOLDER / CHECKPOINT, str(count))
             print(f"rank {RANK} stopped at {count}")
             sys.exit(75)
         time.sleep(0.1)
-    write(f"done.{RANK}", begin)
-
-
-def write(name: str, value: int | None) -> None:
-    """Whole or not at all: the test reads while we write."""
-    draft = FOLDER / f".{name}"
-    draft.write_text(str(value))
-    draft.replace(FOLDER / name)
+    write(FOLDER / f"done.{RANK}", str(begin))
 
 
 main()

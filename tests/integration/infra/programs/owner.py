@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from whole_files import write
+
 from infra.launch import run
 from infra.launchers import Launch
 
@@ -45,13 +47,6 @@ def hold_the_pipes(folder: Path) -> None:
         time.sleep(20)
         os._exit(0)
     write(folder / "forked", str(child))
-
-
-def write(path: Path, text: str) -> None:
-    """Who waits for the file finds it whole."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text)
-    draft.rename(path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from whole_files import write
+
 MODE, FOLDER, RANK = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
 
 
@@ -29,9 +31,7 @@ def main() -> None:
         subprocess.Popen(["sleep", "300"], start_new_session=True)
         signal.signal(signal.SIGTERM, lambda number, frame: (FOLDER / f"told.{RANK}").touch())
     print(f"rank {RANK} is ready")
-    draft = FOLDER / f".ready.{RANK}"
-    draft.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    draft.rename(FOLDER / f"ready.{RANK}")  # who waits for the file finds it whole
+    write(FOLDER / f"ready.{RANK}", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if MODE == "done":
         sys.exit(0)
     if MODE == "fails" and RANK == "0":
